@@ -1,0 +1,7 @@
+"""What a run leaves behind for people: image grids, one self-contained HTML page, a model card."""
+
+from aegpo.report.card import write_model_card
+from aegpo.report.html import write_report
+from aegpo.report.images import save_grid
+
+__all__ = ["save_grid", "write_model_card", "write_report"]

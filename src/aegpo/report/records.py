@@ -1,0 +1,145 @@
+"""Reading a run's folder: its settings, its environment and its metrics. Nothing outside the folder is ever read."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run's folder says.
+
+    Attributes:
+        folder: The folder, resolved.
+        config_text: `config.yaml` as it stands.
+        config: The same, parsed.
+        env: `env.json`; empty where the run was stopped before it was written.
+        rows: `metrics.jsonl`, one mapping a line, in the file's order.
+    """
+
+    folder: Path
+    config_text: str
+    config: dict[str, Any]
+    env: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+    @property
+    def training(self) -> list[dict[str, Any]]:
+        """The rows of training steps: all but step 0, which only evaluates."""
+        return [row for row in self.rows if "reward/mean" in row]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The rows that carry an evaluation on held-out prompts."""
+        return [row for row in self.rows if "eval/reward_mean" in row]
+
+    def setting(self, dotted: str) -> Any:
+        """The value of a setting such as `model.path`; None where the run's config has no such key."""
+        value: Any = self.config
+        for key in dotted.split("."):
+            if not isinstance(value, dict) or key not in value:
+                return None
+            value = value[key]
+        return value
+
+
+@dataclass(frozen=True)
+class Change:
+    """One measure at the first and at the last evaluation; `after` is None where there was only one evaluation."""
+
+    name: str
+    before: float | None
+    after: float | None
+
+    @property
+    def difference(self) -> float | None:
+        """After less before, where both are known."""
+        return None if self.before is None or self.after is None else self.after - self.before
+
+
+def read_run(run: Path) -> RunRecord:
+    """Reads the folder of a run, finished or not.
+
+    Raises:
+        ValueError: The folder has no `config.yaml`, a file leads outside of it, or a line of `metrics.jsonl` other than an
+            unfinished last one is not JSON.
+    """
+    folder = run.resolve()
+    config_text = read_text(folder, "config.yaml")
+    if config_text is None:
+        raise ValueError(f"{run} is not a run's folder: it has no config.yaml")
+    return RunRecord(
+        folder=folder,
+        config_text=config_text,
+        config=yaml.safe_load(config_text) or {},
+        env=json.loads(read_text(folder, "env.json") or "{}"),
+        rows=_parse_metrics(read_text(folder, "metrics.jsonl") or ""),
+    )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file of the run, once links are followed.
+
+    Raises:
+        ValueError: A link leads outside the folder.
+    """
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder):
+        raise ValueError(f"{name} leads outside the run's folder {folder}")
+    return path
+
+
+def read_text(folder: Path, name: str) -> str | None:
+    """The text of a file of the run; None where there is no such file."""
+    path = inside(folder, name)
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader sees either the old one or the whole new one."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)
+
+
+def reward_changes(evaluations: list[dict[str, Any]]) -> list[Change]:
+    """The graded reward on held-out prompts, over all and per task; empty where nothing was evaluated."""
+    return _changes(evaluations, overall="eval/reward_mean", per_task="eval/reward/")
+
+
+def pass_rate_changes(evaluations: list[dict[str, Any]]) -> list[Change]:
+    """The share of held-out prompts passed, over all and per task; empty where no verifier says pass or fail."""
+    return _changes(evaluations, overall="eval/pass_rate", per_task="eval/pass_rate/")
+
+
+def task_names(rows: list[dict[str, Any]], prefix: str) -> list[str]:
+    """The tasks for which some row has the key `prefix + task`, in order of first appearance."""
+    return list(dict.fromkeys(key.removeprefix(prefix) for row in rows for key in row if key.startswith(prefix)))
+
+
+def _changes(evaluations: list[dict[str, Any]], overall: str, per_task: str) -> list[Change]:
+    keys = {"All prompts": overall} | {task: per_task + task for task in task_names(evaluations, per_task)}
+    first, last = (evaluations[0], evaluations[-1] if len(evaluations) > 1 else {}) if evaluations else ({}, {})
+    changes = [Change(name, first.get(key), last.get(key)) for name, key in keys.items()]
+    return [change for change in changes if change.before is not None or change.after is not None]
+
+
+def _parse_metrics(text: str) -> list[dict[str, Any]]:
+    lines = text.split("\n")
+    *whole, unfinished = lines  # a whole last line ends with a newline, so what follows the last newline is cut short
+    rows = [_parse_line(number, line) for number, line in enumerate(whole, start=1) if line.strip()]
+    try:
+        return [*rows, json.loads(unfinished)]
+    except json.JSONDecodeError:
+        return rows
+
+
+def _parse_line(number: int, line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"metrics.jsonl, line {number}: not JSON ({error.msg})") from None

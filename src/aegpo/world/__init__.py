@@ -1,0 +1,32 @@
+"""The embedded default: a tiny text-to-image pipeline of the real SD3 architecture, its prompts and its verifier."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from aegpo.world.verifier import verify
+
+__all__ = ["held_out", "path", "training", "verify"]
+
+
+def path() -> Path:
+    """The folder of the embedded diffusers pipeline; `StableDiffusion3Pipeline.from_pretrained` loads it.
+
+    It has no T5: pass `text_encoder_3=None, tokenizer_3=None` when loading and `max_sequence_length=0` when drawing.
+    """
+    return Path(__file__).parent / "pipeline"
+
+
+def training() -> list[dict[str, Any]]:
+    """The training prompts with their metadata: `prompt`, `task`, `objects` (list of [shape, colour or None]), `relation`."""
+    return _prompts("train")
+
+
+def held_out() -> list[dict[str, Any]]:
+    """The held-out prompts, none of which is among the training prompts; as `training()`."""
+    return _prompts("eval")
+
+
+def _prompts(split: str) -> list[dict[str, Any]]:
+    text = (Path(__file__).parent / "prompts" / f"{split}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
