@@ -3,6 +3,8 @@
 import io
 import json
 import math
+from base64 import b64encode
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,23 +19,19 @@ if TYPE_CHECKING:
 
 SMALL, LARGE = 128, 256  # pictures are shown about this large at least, and this large at most
 MARGIN, LINE_HEIGHT, PROMPT_LINES, MAX_COLUMNS = 12, 15, 3, 8
-PAPER, INK, FAINT, GREEN, RED = "#ffffff", "#24292e", "#6a737d", "#1a7f4b", "#c2413a"
+LONGEST_PROMPT = 500  # characters: far more than three lines hold
+PAPER, INK, FAINT, EDGE, GREEN, RED = "#ffffff", "#24292e", "#6a737d", "#e4e2dc", "#1a7f4b", "#c2413a"
 Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture of a grid, as a PNG or JPEG file's bytes; `passed` is None where no verifier says pass or fail."""
+    """One picture of a grid, as a `data:` address; `passed` is None where no verifier says pass or fail."""
 
     prompt: str
     score: float
     passed: bool | None
-    picture: bytes
-
-    @property
-    def mime(self) -> str:
-        """The type of `picture`."""
-        return "image/png" if self.picture.startswith(b"\x89PNG") else "image/jpeg"
+    picture: str
 
 
 def save_grid(
@@ -45,9 +43,9 @@ def save_grid(
 ) -> None:
     """Writes a grid of pictures, each with its prompt and score below it, and a JSON file of the same name beside it.
 
-    Small pictures are enlarged by a whole factor to about 128 pixels, pixel for pixel; large ones are shrunk to 256. The JSON
-    file has `prompts`, `scores`, `passed` (true, false or null) and `boxes`: left, top, right and bottom of each picture in
-    the grid.
+    Small pictures are enlarged by a whole factor to about 128 pixels, pixel for pixel; large ones are shrunk to 256.
+    The JSON file has `prompts`, `scores`, `passed` (true, false or null) and `boxes`: left, top, right and bottom of
+    each picture in the grid.
 
     Args:
         path: The PNG file; its folder is made if need be.
@@ -57,13 +55,17 @@ def save_grid(
         passed: n verdicts, drawn as a green tick or a red cross; None where there are none.
     """
     assert images.dtype == "uint8" and images.ndim == 4 and images.shape[0] > 0 and images.shape[3] == 3
-    verdicts = [None] * len(images) if passed is None else [None if verdict is None else bool(verdict) for verdict in passed]
+    verdicts = (
+        [None] * len(images) if passed is None else [None if verdict is None else bool(verdict) for verdict in passed]
+    )
     pictures = [_resized(Image.fromarray(image)) for image in images]
     boxes = _boxes(len(pictures), *pictures[0].size)
     grid = Image.new("RGB", _canvas_size(boxes), PAPER)
     for picture, box, prompt, score, verdict in zip(pictures, boxes, prompts, scores, verdicts, strict=True):
         grid.paste(picture, box)
-        _draw_caption(ImageDraw.Draw(grid), box, prompt, float(score), verdict)
+        draw = ImageDraw.Draw(grid)
+        draw.rectangle((box[0] - 1, box[1] - 1, box[2], box[3]), outline=EDGE)
+        _draw_caption(draw, box, prompt, float(score), verdict)
     record = {"prompts": list(prompts), "scores": [float(s) for s in scores], "passed": verdicts, "boxes": boxes}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, _encoded(grid, "PNG"))
@@ -79,7 +81,7 @@ def read_samples(folder: Path, name: str) -> list[Sample]:
     """Cuts a grid of the run back into its pictures. `name` is one of `sample_names`."""
     record = json.loads(inside(folder, f"{name}.json").read_text(encoding="utf-8"))
     with Image.open(inside(folder, f"{name}.png")) as grid:
-        pictures = [_encoded(grid.crop(box), _compact_format(box)) for box in record["boxes"]]
+        pictures = [_data_address(grid.crop(box)) for box in record["boxes"]]
     columns = record["prompts"], record["scores"], record["passed"], pictures
     return [Sample(*fields) for fields in zip(*columns, strict=True)]
 
@@ -124,7 +126,7 @@ def _draw_verdict(draw: ImageDraw.ImageDraw, left: int, top: int, passed: bool) 
 
 
 def _wrapped(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", width: int) -> list[str]:
-    lines = list(_broken(text, font, width))
+    lines = list(_broken(text[:LONGEST_PROMPT], font, width))
     if len(lines) <= PROMPT_LINES:
         return lines
     return [*lines[: PROMPT_LINES - 1], lines[PROMPT_LINES - 1][:-1].rstrip() + "..."]
@@ -139,19 +141,20 @@ def _broken(text: str, font: "ImageFont.FreeTypeFont | ImageFont.ImageFont", wid
         if line:
             yield line
         while font.getlength(word) > width:  # a word longer than a line is cut where the line ends
-            fitting = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
-            yield word[:fitting]
-            word = word[fitting:]
+            too_long = bisect_right(range(len(word)), width, key=lambda end: font.getlength(word[:end]))
+            yield word[: too_long - 1]
+            word = word[too_long - 1 :]
         line = word
     if line:
         yield line
 
 
-def _compact_format(box: Box) -> str:
-    return "PNG" if max(box[2] - box[0], box[3] - box[1]) < LARGE else "JPEG"
+def _data_address(picture: Image.Image) -> str:
+    kind = "PNG" if max(picture.size) < LARGE else "JPEG"  # an enlarged picture has few pixels of its own
+    return f"data:image/{kind.lower()};base64,{b64encode(_encoded(picture, kind)).decode()}"
 
 
 def _encoded(picture: Image.Image, file_format: str) -> bytes:
     file = io.BytesIO()
-    picture.save(file, file_format, optimize=True)
+    picture.save(file, file_format, quality=90, optimize=True)
     return file.getvalue()

@@ -65,19 +65,19 @@ def read_run(run: Path) -> RunRecord:
     """Reads the folder of a run, finished or not.
 
     Raises:
-        ValueError: The folder has no `config.yaml`, a file leads outside of it, or a line of `metrics.jsonl` other than an
-            unfinished last one is not JSON.
+        ValueError: The folder has no `config.yaml`, a file leads outside of it, or a line of `metrics.jsonl` other than
+            an unfinished last one is not JSON.
     """
     folder = run.resolve()
-    config_text = read_text(folder, "config.yaml")
-    if config_text is None:
+    if not inside(folder, "config.yaml").is_file():
         raise ValueError(f"{run} is not a run's folder: it has no config.yaml")
+    config_text = _read(folder, "config.yaml").decode()
     return RunRecord(
         folder=folder,
         config_text=config_text,
         config=yaml.safe_load(config_text) or {},
-        env=json.loads(read_text(folder, "env.json") or "{}"),
-        rows=_parse_metrics(read_text(folder, "metrics.jsonl") or ""),
+        env=json.loads(_read(folder, "env.json") or b"{}"),
+        rows=_parse_metrics(_read(folder, "metrics.jsonl")),
     )
 
 
@@ -91,12 +91,6 @@ def inside(folder: Path, name: str) -> Path:
     if not path.is_relative_to(folder):
         raise ValueError(f"{name} leads outside the run's folder {folder}")
     return path
-
-
-def read_text(folder: Path, name: str) -> str | None:
-    """The text of a file of the run; None where there is no such file."""
-    path = inside(folder, name)
-    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -128,18 +122,23 @@ def _changes(evaluations: list[dict[str, Any]], overall: str, per_task: str) -> 
     return [change for change in changes if change.before is not None or change.after is not None]
 
 
-def _parse_metrics(text: str) -> list[dict[str, Any]]:
-    lines = text.split("\n")
-    *whole, unfinished = lines  # a whole last line ends with a newline, so what follows the last newline is cut short
-    rows = [_parse_line(number, line) for number, line in enumerate(whole, start=1) if line.strip()]
+def _read(folder: Path, name: str) -> bytes:
+    """A file of the run; empty where a run stopped early has not written it."""
+    path = inside(folder, name)
+    return path.read_bytes() if path.is_file() else b""
+
+
+def _parse_metrics(text: bytes) -> list[dict[str, Any]]:
+    *lines, unfinished = text.split(b"\n")  # a whole last line ends with a newline, so what follows it was cut short
+    rows = [_parse_line(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     try:
         return [*rows, json.loads(unfinished)]
-    except json.JSONDecodeError:
+    except ValueError:
         return rows
 
 
-def _parse_line(number: int, line: str) -> dict[str, Any]:
+def _parse_line(number: int, line: bytes) -> dict[str, Any]:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"metrics.jsonl, line {number}: not JSON ({error.msg})") from None
+    except ValueError as error:
+        raise ValueError(f"metrics.jsonl, line {number}: not JSON ({error})") from None

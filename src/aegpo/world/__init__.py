@@ -1,12 +1,14 @@
 """The embedded default: a tiny text-to-image pipeline of the real SD3 architecture, its prompts and its verifier."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+from aegpo.world.scenes import words
 from aegpo.world.verifier import verify
 
-__all__ = ["held_out", "path", "training", "verify"]
+__all__ = ["held_out", "path", "training", "unknown_words", "verify", "words"]
 
 
 def path() -> Path:
@@ -18,13 +20,18 @@ def path() -> Path:
 
 
 def training() -> list[dict[str, Any]]:
-    """The training prompts with their metadata: `prompt`, `task`, `objects` (list of [shape, colour or None]), `relation`."""
+    """The training prompts with their metadata: `prompt`, `task`, `objects` ([shape, colour or None] each), `relation`."""
     return _prompts("train")
 
 
 def held_out() -> list[dict[str, Any]]:
     """The held-out prompts, none of which is among the training prompts; as `training()`."""
     return _prompts("eval")
+
+
+def unknown_words(prompt: str) -> list[str]:
+    """The words of a prompt that the embedded model was never shown."""
+    return [word for word in re.findall(r"[^\s.,!]+", prompt.lower()) if word not in words()]
 
 
 def _prompts(split: str) -> list[dict[str, Any]]:

@@ -8,7 +8,9 @@ that reinforcement learning has something to teach. How good it is is set by the
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -106,22 +108,31 @@ def build_pipeline(folder: Path) -> StableDiffusion3Pipeline:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the world is one token (byte-pair merges spell each word out)."""
-    merges: dict[tuple[str, str], None] = {}
-    vocabulary = ["<|startoftext|>", "<|endoftext|>"]
-    for word in sorted(scenes.words()):
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        vocabulary += pieces
-        while len(pieces) > 1:
-            merges[pieces[0], pieces[1]] = None
-            pieces[:2] = [pieces[0] + pieces[1]]
-            vocabulary.append(pieces[0])
+    """A CLIP tokenizer in which every word of the world is one token: byte-pair merges learned on the words themselves."""
+    spelled = [[*word[:-1], word[-1] + "</w>"] for word in sorted(scenes.words())]
+    vocabulary = ["<|startoftext|>", "<|endoftext|>", *sorted({piece for word in spelled for piece in word})]
+    merges = []
+    while counts := Counter(pair for word in spelled for pair in pairwise(word)):
+        best = max(counts, key=lambda pair: (counts[pair], pair))
+        spelled = [_merge(word, best) for word in spelled]
+        merges.append(best)
+        vocabulary.append("".join(best))
     folder = folder / "tokenizer"
     folder.mkdir(parents=True, exist_ok=True)
-    ids = {piece: i for i, piece in enumerate(dict.fromkeys(vocabulary))}
-    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False))
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(vocabulary)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
     return CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT_TOKENS)
+
+
+def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
+    """The word's pieces with every occurrence of the pair joined, left to right."""
+    joined: list[str] = []
+    for piece in word:
+        if joined and (joined[-1], piece) == pair:
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return joined
 
 
 def _random_scenes(count: int, rng: np.random.Generator) -> tuple[list[scenes.Request], Tensor]:

@@ -1,0 +1,181 @@
+"""The one place where the names in a config become objects, and a run's folder is made."""
+
+import json
+import platform
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from aegpo import checkpoint, rewards, world
+from aegpo.config import Config, dump_yaml, load_yaml, resolve
+from aegpo.data import load_prompts
+from aegpo.display import Display
+from aegpo.evaluation import evaluate as evaluate_policy
+from aegpo.models import load, load_pipeline, text_tokens
+from aegpo.report import write_model_card, write_report
+from aegpo.train import train
+from aegpo.types import Prompt
+
+
+def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -> Path:
+    """Train as the config says, in `config.output_dir`.
+
+    Args:
+        config: a resolved config.
+        resume: `latest`, or a checkpoint folder of this run to go on from.
+        overwrite: whether a run that stands in the folder may be replaced.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ValueError: anything the user got wrong, in one plain line; nothing has been written then.
+    """
+    folder = Path(config.output_dir)
+    start = _resume_point(folder, resume) if resume else None
+    if start is None:
+        _refuse_existing(folder, overwrite)
+    prompts = _prompts(config.prompts.train, "train", config)
+    held_out = _prompts(config.prompts.eval, "eval", config)
+    if len(prompts) < config.prompts_per_step:
+        raise ValueError(
+            f"prompts_per_step: a step takes {config.prompts_per_step} prompts, but {config.prompts.train} holds "
+            f"{len(prompts)}; lower it (and rollouts_per_step), or give more prompts"
+        )
+    reward = rewards.load(config.reward)
+    model = load(config.model, config.seed)
+
+    if start is None and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+    (folder / "env.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+
+    console = Console()
+    with Display(config.steps, console) as display:
+        train(config, model, prompts, held_out, reward, folder, display, start)
+    write_model_card(folder)
+    report = write_report(folder)
+    console.print(_before_after(folder))
+    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    return report
+
+
+def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
+    """Draw one picture with a run's weights, exactly as diffusers does after `load_lora_weights(run)`.
+
+    Raises:
+        ValueError: there is no such run, it has no weights yet, or the prompt is not one its model can read.
+    """
+    config = _config(run)
+    _check_words(config, [prompt], "--prompt")
+    pipe = load_pipeline(config.model)
+    if config.model.train == "lora":
+        if not (run / "pytorch_lora_weights.safetensors").exists():
+            raise ValueError(f"run {run} has no weights yet: pytorch_lora_weights.safetensors is missing")
+        pipe.load_lora_weights(run)
+    else:
+        pipe.transformer = type(pipe.transformer).from_pretrained(run, subfolder="transformer").to(pipe.device)
+    side = config.model.resolution or None
+    image = pipe(
+        prompt,
+        num_inference_steps=config.sampler.steps,
+        guidance_scale=config.sampler.guidance,
+        max_sequence_length=text_tokens(config.model),
+        height=side,
+        width=side,
+        generator=torch.Generator().manual_seed(seed),
+    ).images[0]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    image.save(out)
+
+
+def evaluate(run: Path, prompts: str | None = None, images: int | None = None) -> dict[str, float]:
+    """Evaluate a run's newest checkpoint on its held-out prompts, or on others.
+
+    Raises:
+        ValueError: there is no such run or it has no checkpoint, or the prompts cannot be read.
+    """
+    given = {"prompts": {"eval": prompts}} if prompts else {}
+    config = resolve(load_yaml(run / "config.yaml"), given, {"eval_images": images} if images else {})
+    held_out = _prompts(config.prompts.eval, "eval", config)
+    newest = _resume_point(run, "latest")
+    model = load(config.model, config.seed)
+    checkpoint.load_weights(newest, model.trainable)
+    return evaluate_policy(config, model, held_out, rewards.load(config.reward))
+
+
+def environment() -> dict[str, Any]:
+    """What the run ran on: versions, device and platform."""
+    packages = ("aegpo", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
+    gpu = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if gpu else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {package: version(package) for package in packages},
+    }
+
+
+def _config(run: Path) -> Config:
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"{run} is not a run's folder: it has no config.yaml")
+    return resolve(load_yaml(run / "config.yaml"))
+
+
+def _prompts(source: str, split: str, config: Config) -> list[Prompt]:
+    prompts = load_prompts(source, split)
+    _check_words(config, [prompt.text for prompt in prompts], f"prompts.{split}: {source}")
+    return prompts
+
+
+def _check_words(config: Config, prompts: Sequence[str], where: str) -> None:
+    """The embedded tokenizer spells unknown words out in letters the model never saw; say so instead."""
+    if config.model.path != "world":
+        return
+    for prompt in prompts:
+        unknown = world.unknown_words(prompt)
+        if unknown:
+            raise ValueError(
+                f"{where}: the embedded model does not know {unknown[0]!r} in {prompt!r}; "
+                f"it knows {', '.join(sorted(world.words()))}"
+            )
+
+
+def _refuse_existing(folder: Path, overwrite: bool) -> None:
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"output_dir: {folder} exists; give --overwrite, --resume latest, or another --output-dir")
+    if not (folder / "config.yaml").exists():
+        raise ValueError(f"output_dir: {folder} holds files that are not a run's; it is not overwritten")
+
+
+def _resume_point(folder: Path, resume: str) -> Path:
+    if resume != "latest":
+        if not Path(resume).is_dir():
+            raise ValueError(f"--resume: {resume} is not a checkpoint folder; give 'latest' or a path such as {folder}/checkpoint-10")
+        return Path(resume)
+    found = checkpoint.checkpoints(folder)
+    if not found:
+        raise ValueError(f"--resume: {folder} holds no checkpoint to go on from")
+    return found[-1]
+
+
+def _before_after(folder: Path) -> Table:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [line for line in lines if "eval/reward_mean" in line]
+    first, last = evaluations[0], evaluations[-1]
+    table = Table("held-out", "before", "after", "change")
+    for name in [key for key in first if key.startswith("eval/")]:
+        label = name.removeprefix("eval/").replace("_", " ").replace("/", ": ")
+        table.add_row(label, f"{first[name]:.3f}", f"{last[name]:.3f}", f"{last[name] - first[name]:+.3f}")
+    return table

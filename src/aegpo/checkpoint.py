@@ -1,0 +1,127 @@
+"""Save and resume: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
+
+Noise is keyed by seed and step, so there is no generator to save.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+KEPT = 2
+
+
+def save(
+    run: Path,
+    step: int,
+    weights: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    average: EMAModel | None,
+    base_entropy: Mapping[int, Tensor],
+    counters: Mapping[str, Any],
+) -> Path:
+    """Write `checkpoint-STEP` into the run's folder, whole or not at all, and drop all but the newest two."""
+    final = run / f"checkpoint-{step}"
+    aside = run / f".checkpoint-{step}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    save_file({name: p.detach().contiguous() for name, p in weights.items()}, aside / "weights.safetensors")
+    save_file(_optimizer_tensors(weights, optimizer), aside / "optimizer.safetensors")
+    if average is not None:
+        shadow = zip(weights, average.shadow_params, strict=True)
+        save_file({name: tensor.contiguous() for name, tensor in shadow}, aside / "average.safetensors")
+        counters = {**counters, "average_steps": average.optimization_step}
+    save_file({str(prompt): curve.contiguous() for prompt, curve in base_entropy.items()}, aside / "probe.safetensors")
+    (aside / "state.json").write_text(json.dumps({"step": step, **counters}))
+    digests = {file.name: _digest(file) for file in sorted(aside.iterdir())}
+    (aside / "manifest.json").write_text(json.dumps(digests, indent=1))
+    for file in aside.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    for old in checkpoints(run)[:-KEPT]:
+        shutil.rmtree(old)
+    return final
+
+
+def load(
+    folder: Path,
+    weights: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.AdamW,
+    average: EMAModel | None,
+) -> tuple[dict[str, Any], dict[int, Tensor]]:
+    """Read a checkpoint back into the model and the optimizer.
+
+    Returns:
+        The counters (with `step`), and the base entropies by prompt id.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or belongs to a model with other trained weights.
+    """
+    verify(folder)
+    saved = load_file(folder / "weights.safetensors")
+    if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in weights.items()}:
+        raise ValueError(f"checkpoint {folder} holds other weights than this config trains; resume with the run's own")
+    moments = load_file(folder / "optimizer.safetensors")
+    for name, parameter in weights.items():
+        parameter.data.copy_(saved[name])
+        optimizer.state[parameter] = {
+            key: moments[f"{name}/{key}"].to(parameter.device if key != "step" else "cpu")
+            for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"{name}/{key}" in moments
+        }
+    state = json.loads((folder / "state.json").read_text())
+    if average is not None:
+        shadow = load_file(folder / "average.safetensors")
+        average.shadow_params = [shadow[name].to(p.device) for name, p in weights.items()]
+        average.optimization_step = state["average_steps"]
+    probe = load_file(folder / "probe.safetensors")
+    return state, {int(prompt): curve for prompt, curve in probe.items()}
+
+
+def load_weights(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
+    """Read only the policy's weights, averaged if the run averages; raises ValueError when the checkpoint is damaged."""
+    verify(folder)
+    average = folder / "average.safetensors"
+    saved = load_file(average if average.exists() else folder / "weights.safetensors")
+    for name, parameter in weights.items():
+        parameter.data.copy_(saved[name])
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's complete checkpoints, oldest first."""
+    found = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def verify(folder: Path) -> None:
+    """Raise ValueError, naming the file and the checkpoint before, unless every file is as it was written."""
+    others = [p.name for p in checkpoints(folder.parent) if p.name != folder.name]
+    advice = f"; resume from {folder.parent / others[-1]}" if others else ""
+    try:
+        digests = json.loads((folder / "manifest.json").read_text())
+        wrong = [name for name, digest in digests.items() if _digest(folder / name) != digest]
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {folder} is not complete ({type(error).__name__}: {error}){advice}") from None
+    if wrong:
+        raise ValueError(f"checkpoint {folder} is damaged: {wrong[0]} is not what was written{advice}")
+
+
+def _optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in weights.items()}
+    return {f"{name}/{key}": tensor.contiguous() for name, state in states.items() for key, tensor in state.items()}
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

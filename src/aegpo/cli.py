@@ -1,0 +1,368 @@
+"""The `aegpo` command. Only the standard library is imported up here, so that `aegpo --help` answers at once.
+
+argparse reads the small commands and `train`'s own options. Settings (`--a.b VALUE`) become nested mappings and go
+where a recipe goes, to `config.resolve`, so a wrong one gets the same answer in either place. tyro, whose complaints
+fill a box, only prints the help page of all settings.
+"""
+
+import argparse
+import difflib
+import functools
+import math
+import os
+import shlex
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, get_origin
+
+if TYPE_CHECKING:
+    from aegpo.config import Config
+
+HELP = """\
+usage: aegpo COMMAND ...
+
+Align diffusion and flow models with human preference by online reinforcement learning.
+
+  aegpo train [RECIPE] [--a.b VALUE ...] [--dry-run] [--resume latest|PATH] [--output-dir DIR] [--overwrite]
+  aegpo sample RUN --prompt "a red circle above a blue square" --out x.png [--seed 0]
+  aegpo eval RUN [--prompts FILE] [--images N]
+  aegpo report RUN
+  aegpo world pretrain OUT [--steps N] [--seed N]
+
+  aegpo --version
+  aegpo COMMAND --help      (train --help lists every setting)
+"""
+TRAIN_OPTIONS = ("--help", "--dry-run", "--resume", "--overwrite")
+RECIPES = Path(__file__).with_name("recipes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; whatever its user got wrong is one line on stderr and exit code 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it remarks on torchvision, which nothing here uses
+    try:
+        _command(sys.argv[1:] if argv is None else list(argv))
+    except KeyboardInterrupt as stop:
+        return _say(str(stop) or "stopped", 130)
+    except BrokenPipeError:  # whoever reads our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
+    except ValueError as error:
+        return _say(str(error), 2)
+    return 0
+
+
+def _say(message: str, code: int) -> int:
+    print("aegpo:", " ".join(message.split()), file=sys.stderr)
+    return code
+
+
+def _command(words: list[str]) -> None:
+    commands = {"train": _train, "sample": _sample, "eval": _evaluate, "report": _report, "world": _world}
+    name, rest = (words[0], words[1:]) if words else ("", [])
+    if name in ("-h", "--help"):
+        print(HELP, end="")
+    elif name == "--version":
+        from importlib.metadata import version
+
+        print(f"aegpo {version('aegpo')}")
+    elif name in commands:
+        commands[name](rest)
+    else:
+        what = f"{name!r} is not a command" if name else "no command given"
+        hint = _did_you_mean(name, [*commands, "--help", "--version"])
+        raise ValueError(f"{what}; the commands are {', '.join(commands)}{hint}")
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def _train(words: list[str]) -> None:
+    usage = "aegpo train [RECIPE] [--a.b VALUE ...] [--dry-run] [--resume latest|PATH] [--overwrite]"
+    parser = _Parser("train", "Train a model as a recipe says, with single settings overridden.", usage=usage)
+    parser.add_argument("RECIPE", nargs="?", help="a YAML file, or the name of a packaged recipe (default: world)")
+    parser.add_argument("--dry-run", action="store_true", help="only print the resolved config and what it will cost")
+    parser.add_argument(
+        "--resume", nargs="?", const="", type=_checkpoint, metavar="latest|PATH", help="go on from there"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="start anew where the output folder holds a run")
+    if {"-h", "--help"} & set(words):
+        return _print_train_help(parser)
+    own, overrides = _split(words)
+    asked = parser.read(own)
+    if asked.resume and asked.overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite starts it anew; give one of them")
+    config = _config(asked.RECIPE, asked.resume, overrides)
+    if asked.dry_run:
+        return _print_dry_run(config)
+    try:
+        from aegpo.build import run
+
+        run(config, resume=asked.resume, overwrite=asked.overwrite)
+    except KeyboardInterrupt:
+        again = f"aegpo train --resume latest --output-dir {shlex.quote(config.output_dir)}"
+        raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
+
+
+def _sample(words: list[str]) -> None:
+    parser = _Parser("sample", "Draw one image with the weights of a run.")
+    parser.add_argument("RUN", type=_run_folder, help="the folder of a run")
+    parser.add_argument("--prompt", type=_text, required=True, help="what to draw")
+    parser.add_argument("--out", type=_text, required=True, help="the image file to write")
+    parser.add_argument("--seed", type=_whole(0), default=0, help="of the noise (default: 0)")
+    asked = parser.read(words)
+    from aegpo.build import sample
+
+    sample(asked.RUN, asked.prompt, Path(asked.out), asked.seed)
+    print(asked.out)
+
+
+def _evaluate(words: list[str]) -> None:
+    parser = _Parser("eval", "Judge the weights of a run by its reward, on held-out prompts.")
+    parser.add_argument("RUN", type=_run_folder, help="the folder of a run")
+    parser.add_argument("--prompts", type=_text, metavar="FILE", help="a .txt or .jsonl (default: the run's own)")
+    parser.add_argument("--images", type=_whole(1), metavar="N", help="images for each prompt (default: the run's own)")
+    asked = parser.read(words)
+    from aegpo.build import evaluate
+
+    for name, value in evaluate(asked.RUN, asked.prompts, asked.images).items():
+        print(f"{name:<32} {value:.4f}")
+
+
+def _report(words: list[str]) -> None:
+    parser = _Parser("report", "Write the report of a run again, from what its folder holds.")
+    parser.add_argument("RUN", type=_run_folder, help="the folder of a run")
+    asked = parser.read(words)
+    from aegpo.report import write_report
+
+    print(write_report(asked.RUN))
+
+
+def _world(words: list[str]) -> None:
+    parser = _Parser("world", "Make the embedded model again, from nothing.", argument_default=argparse.SUPPRESS)
+    parser.add_argument("pretrain", choices=["pretrain"])
+    parser.add_argument("OUT", type=_text, help="the pipeline folder to write")
+    parser.add_argument("--steps", type=_whole(1), metavar="N", help="updates of the transformer")
+    parser.add_argument("--seed", type=_whole(0), metavar="N", help="of everything random")
+    asked = vars(parser.read(words))
+    from aegpo.world.pretrain import pretrain
+
+    pretrain(Path(asked["OUT"]), **{name: asked[name] for name in ("steps", "seed") if name in asked})
+
+
+# ---------------------------------------------------------------- settings
+
+
+def _split(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Part the words of `train` into those for its own options and RECIPE, and the settings, nested."""
+    from aegpo.config import merge
+
+    left, own, overrides = deque(words), [], {}
+    while left:
+        word = left.popleft()
+        option, equals, text = word.partition("=")
+        if not option.startswith("--") or option in (*TRAIN_OPTIONS, "--"):
+            own.append(word)
+            continue
+        if not equals and left and not left[0].startswith("--"):
+            text = left.popleft()
+        overrides = merge(overrides, _override(option, text))
+    return own, overrides
+
+
+def _override(option: str, text: str) -> dict[str, Any]:
+    """The setting `--a.b-c` as {"a": {"b_c": value}}, even an unknown one: `resolve` says what it should have been."""
+    from aegpo.config import settings
+
+    name = option.removeprefix("--").replace("-", "_")
+    if name not in settings() and difflib.get_close_matches(option, TRAIN_OPTIONS, cutoff=0.75):
+        raise ValueError(f"command line: {option} is not an option{_did_you_mean(option, TRAIN_OPTIONS)}")
+    if name in settings() and not text:
+        raise ValueError(f"command line: {name} needs a value")
+    keys = name.split(".")
+    return functools.reduce(lambda inner, key: {key: inner}, reversed(keys), _value(keys, text))
+
+
+def _value(keys: list[str], text: str) -> Any:
+    """What YAML reads; but if the setting is text then what was typed, so that a folder may be called 2026-01-31."""
+    import yaml
+
+    from aegpo.config import Config
+
+    if isinstance(functools.reduce(lambda group, key: getattr(group, key, None), keys, Config()), str):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"command line: {'.'.join(keys)}: {text!r} is not a YAML value") from None
+
+
+def _config(recipe: str | None, resume: str | None, overrides: dict[str, Any]) -> "Config":
+    """The command line over the recipe, or over the config of the run that is resumed; an error names the wrong one."""
+    from aegpo.config import load_yaml, merge, resolve
+
+    if resume and not recipe:
+        folder = _resumed_run(resume, overrides)
+        path = folder / "config.yaml"
+        layer = merge(load_yaml(path), {"output_dir": str(folder)})  # it stays in its folder, even if that was moved
+    else:
+        path = _recipe_file(recipe or "world")
+        layer = load_yaml(path)
+    try:
+        return resolve(layer, overrides)
+    except ValueError as error:
+        source = f"recipe {path}" if _complaint(layer) == str(error) else "command line"
+        raise ValueError(f"{source}: {error}") from None
+
+
+def _complaint(layer: dict[str, Any]) -> str:
+    """What `resolve` has against a layer alone."""
+    from aegpo.config import resolve
+
+    try:
+        resolve(layer)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def _resumed_run(resume: str, overrides: dict[str, Any]) -> Path:
+    from aegpo.config import Config
+
+    latest = Path(str(overrides.get("output_dir", Config.output_dir)))
+    folder = latest if resume == "latest" else Path(resume).parent
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"--resume {resume}: {folder} holds no config.yaml of a run; give --output-dir, or the recipe")
+    return folder
+
+
+def _recipe_file(name: str) -> Path:
+    packaged = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+    path = Path(name)
+    if path.is_file() or (path.exists() and name not in packaged):
+        return path
+    if name in packaged:
+        return packaged[name]
+    beside = [str(file) for file in path.parent.glob("*.y*ml")]
+    hint = _did_you_mean(name, [*packaged, *beside])
+    raise ValueError(f"recipe {name} does not exist; the packaged recipes are {', '.join(packaged)}{hint}")
+
+
+# ---------------------------------------------------------------- what is printed
+
+
+def _print_dry_run(config: "Config") -> None:
+    """Print the config, and under it its arithmetic as comments: all of it together is a recipe."""
+    from aegpo.config import dump_yaml
+
+    print(dump_yaml(config))
+    for what, how, number in _arithmetic(config):
+        print(f"# {what:<23}{how:<78}{number:>14,}")
+
+
+def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
+    """What a step does and costs, in network evaluations x samples; evaluations of held-out prompts come on top."""
+    prompts, rollouts, steps = config.prompts_per_step, config.rollouts_per_step, config.sampler.steps
+    explored = steps - 1 if config.exploration.rule == "all" else config.exploration.k
+    rows, updates, most = rollouts * explored, config.optimizer.updates, config.optimizer.micro_batch
+    share, longer = divmod(rows, updates)  # rows of an update; so many updates get one row more
+    batches = (updates - longer) * math.ceil(share / most) + longer * math.ceil((share + 1) / most)
+    probed = config.allocation.rule == "median_split" or config.exploration.rule.endswith("entropy_peaks")
+    twice, guided = (2, " x 2 for guidance") if config.sampler.guidance != 1 else (1, "")
+    passes, reference = (4, " + 1 reference") if config.loss.kl > 0 else (3, "")
+    sampling, probe, training = twice * rollouts * steps, twice * prompts * steps * probed, twice * rows * passes
+    step = sampling + probe + training
+    return [
+        ("rollouts", f"of {prompts} prompts", rollouts),
+        ("explored steps", f"of each rollout: {config.exploration.rule}", explored),
+        ("rows", f"{rollouts} rollouts x {explored} explored steps", rows),
+        ("optimizer updates", "", updates),
+        ("micro-batches", f"of at most {most} rows", batches),
+        ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{guided}", sampling),
+        ("probe evaluations", f"{prompts} prompts x {steps} steps{guided}" if probed else "no rule needs it", probe),
+        ("training evaluations", f"{rows} rows x (1 forward + 2 backward{reference}){guided}, at most", training),
+        ("evaluations a step", "", step),
+        ("base probe", "the same for the base, at a prompt's first visit" if probed else "no rule needs it", probe),
+        ("evaluations in all", f"{config.steps} steps, base probes not counted, at most", config.steps * step),
+        ("base probes in all", f"{config.steps} steps, at most", config.steps * probe),
+    ]
+
+
+def _print_train_help(parser: "_Parser") -> None:
+    """Print the page of train's own options, then tyro's page of all settings, from Config and its docstrings."""
+    import tyro
+
+    from aegpo.config import Config
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    @registry.primitive_rule
+    def _list_in_one_word(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        write, is_list = (lambda value: [f"[{', '.join(map(str, value))}]"]), (lambda value: isinstance(value, tuple))
+        spec = tyro.constructors.PrimitiveConstructorSpec(1, "'[A, B, ...]'", tuple, is_list, write)
+        return spec if get_origin(info.type) is tuple else None
+
+    parser.print_help()
+    print()
+    about = "Settings, for RECIPE and the command line. Over these defaults go the algorithm's choices: see --dry-run."
+    tyro.cli(Config, prog="aegpo train", description=about, args=["--help"], registry=registry, use_underscores=True)
+
+
+# ---------------------------------------------------------------- arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse that complains by ValueError, and of a misspelt option before anything else."""
+
+    def __init__(self, command: str, description: str, **options: Any) -> None:
+        super().__init__(prog=f"aegpo {command}", description=description, allow_abbrev=False, **options)
+
+    def read(self, words: list[str]) -> argparse.Namespace:
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        for option in (word.partition("=")[0] for word in words if word.startswith("--")):
+            if option not in options:
+                self.error(f"{option} is not an option{_did_you_mean(option, options)}")
+        return self.parse_args(words)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{self.prog.removeprefix('aegpo ')}: {message}")
+
+
+def _text(word: str) -> str:
+    if not word.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return word
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def number(word: str) -> int:
+        if not word.removeprefix("-").isdecimal() or int(word) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {word!r}")
+        return int(word)
+
+    return number
+
+
+def _checkpoint(word: str) -> str:
+    if word != "latest" and not (word and Path(word).is_dir()):
+        raise argparse.ArgumentTypeError(f"give 'latest' or a folder such as runs/latest/checkpoint-10, not {word!r}")
+    return word
+
+
+def _run_folder(word: str) -> Path:
+    if not (Path(word) / "config.yaml").is_file():
+        hint = _did_you_mean(word, [str(config.parent) for config in Path(word).parent.glob("*/config.yaml")])
+        raise argparse.ArgumentTypeError(f"{word!r} is not the folder of a run: it holds no config.yaml{hint}")
+    return Path(word)
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    from aegpo.config import did_you_mean
+
+    return did_you_mean(word, known)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""Every setting of a run: frozen dataclasses, validated by pydantic. Imports neither torch nor anything of ours but the algorithms.
+
+A config is laid in layers, the later over the earlier: the defaults below, the algorithm's own choices
+(`algorithms.ALGORITHMS`), a recipe file, the command line.
+"""
+
+import dataclasses
+import difflib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
+
+from aegpo.algorithms import ALGORITHMS
+
+
+def _no_switch(value: Any) -> Any:
+    """Refuse true and false as a number; integers are strict already, but 3e-4 is text to YAML, so floats cannot be."""
+    if isinstance(value, bool):
+        raise PydanticCustomError("float_type", "Input should be a valid number")
+    return value
+
+
+Count = Annotated[int, Field(ge=1, strict=True)]
+Size = Annotated[int, Field(ge=0, strict=True)]
+Pair = Annotated[int, Field(ge=2, strict=True)]
+Number = Annotated[float, BeforeValidator(_no_switch)]
+Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[Number, Field(ge=0, lt=1)]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Lora:
+    """The low-rank adapter (arXiv 2106.09685)."""
+
+    rank: Count = 32
+    """Rank of the two factors."""
+    alpha: Count = 64
+    """The update is scaled by alpha / rank."""
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers to adapt; empty: the family's attention projections."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Model:
+    """What is trained."""
+
+    path: str = "world"
+    """A diffusers pipeline: a folder, a hub id, or `world` for the embedded one."""
+    family: Literal["auto", "sd3"] = "auto"
+    """The adapter between the loop and the pipeline; `auto` reads it off the pipeline's class."""
+    train: Literal["lora", "full"] = "lora"
+    """Train a low-rank adapter, or all weights of the transformer."""
+    lora: Lora = Lora()
+    resolution: Size = 0
+    """Image side in pixels; 0: the pipeline's own."""
+    text_tokens: Size = 256
+    """Length of the T5 part of the prompt (the embedded pipeline, which has no T5, always takes 0)."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Prompts:
+    """Where prompts come from: a .txt (one a line), a .jsonl (`prompt` and any metadata), or `world`."""
+
+    train: str = "world"
+    """Prompts to learn on."""
+    eval: str = "world"
+    """Held-out prompts for the evaluations."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Sampler:
+    """How an image is drawn; see algorithms.md, or arXiv 2505.05470."""
+
+    steps: Pair = 10
+    """Denoising steps of rollouts and evaluations."""
+    kind: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    """The noisy transition used at explored steps; all others are ODE."""
+    eta: Positive = 0.7
+    """Noise scale of that transition."""
+    guidance: NonNegative = 1.0
+    """Classifier-free guidance, the same in rollouts and training; 1 is off and costs half."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Allocation:
+    """How many rollouts each prompt gets (arXiv 2602.06825)."""
+
+    rule: Literal["uniform", "median_split"] = "uniform"
+    """`median_split`: prompts whose attention entropy moved more than the median get `high`, the others `low`."""
+    low: Pair = 8
+    high: Pair = 16
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Exploration:
+    """At which denoising steps a rollout explores, and is trained (arXiv 2602.06825)."""
+
+    rule: Literal["all", "window", "random", "entropy_peaks", "delta_entropy_peaks"] = "all"
+    """`all` but the last; the first k (`window`); k drawn for each prompt (`random`); the k highest of H(t), or of |H(t) - H_base(t)|."""
+    k: Count = 4
+    """How many steps a prompt explores; ignored by `all`."""
+    min_distance: Count = 1
+    """Steps between two peaks, at least."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Advantage:
+    """How rewards become advantages inside each prompt's own group."""
+
+    std: Literal["group", "global", "none"] = "group"
+    """Divide by the group's standard deviation, by that of all rewards of the step, or not at all (Dr.GRPO)."""
+    eps: NonNegative = 1e-4
+    clip: Positive = 5.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Loss:
+    """The clipped surrogate and the pull to the reference policy."""
+
+    clip_low: Positive = 1e-4
+    clip_high: Positive = 1e-4
+    kl: NonNegative = 0.0
+    """Weight of the KL to the base policy."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Optimizer:
+    """AdamW and how rows are dealt to it."""
+
+    lr: Positive = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 1e-4
+    max_grad_norm: Positive = 1.0
+    updates: Count = 1
+    """Optimizer steps in a training step; the rows are dealt evenly among them."""
+    micro_batch: Count = 48
+    """Rows (and rollouts) in one forward."""
+    ema: Fraction = 0.0
+    """Decay of the averaged weights that are evaluated and saved; 0: no averaging."""
+    ema_every: Count = 8
+    """Training steps between two updates of the average."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """One run."""
+
+    model: Model = Model()
+    prompts: Prompts = Prompts()
+    reward: str = "world"
+    """`world`, or a function of your own: `my_reward.py:score` or `my_package.module:score`."""
+    algorithm: str = "aegpo"
+    """The named variant whose choices stand under this file's own: see `aegpo.algorithms`."""
+    sampler: Sampler = Sampler()
+    allocation: Allocation = Allocation()
+    exploration: Exploration = Exploration()
+    advantage: Advantage = Advantage()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    steps: Size = 100
+    """Training steps."""
+    prompts_per_step: Count = 8
+    rollouts_per_step: Pair = 96
+    """Images drawn in a step, over all its prompts."""
+    eval_every: Size = 50
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    eval_images: Count = 2
+    """Images drawn for each held-out prompt."""
+    save_every: Count = 1
+    """Steps between checkpoints; a killed run loses at most so many."""
+    seed: Size = 0
+    output_dir: str = "runs/latest"
+
+
+def resolve(*layers: dict[str, Any]) -> Config:
+    """Lay settings over the defaults and the named algorithm's choices, and check them all.
+
+    Args:
+        layers: nested mappings, the later over the earlier (a recipe, then the command line).
+
+    Raises:
+        ValueError: one plain line: which setting is wrong and what would be right.
+    """
+    given = merge(*layers)
+    name = given.get("algorithm", Config.algorithm)
+    if name not in list(ALGORITHMS):  # a list compares where a dict hashes, and YAML may hand us a list
+        raise ValueError(
+            f"algorithm: {name!r} is not one of {', '.join(ALGORITHMS)}{did_you_mean(str(name), ALGORITHMS)}"
+        )
+    for layer in layers:  # one by one: laid over one another, a group of settings would hide a number in its place
+        _refuse_unknown(layer, Config)
+    try:
+        config = TypeAdapter(Config).validate_python(merge(ALGORITHMS[name], given))
+    except ValidationError as error:
+        raise ValueError(_one_line(error)) from None
+    _check_budget(config)
+    return config
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """Read a recipe (or a run's `config.yaml`); raises ValueError with one plain line when it cannot be one."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"recipe {path} does not exist") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {path} must hold settings such as 'steps: 100', not a {type(content).__name__}")
+    return content
+
+
+def dump_yaml(config: Config) -> str:
+    """The resolved config as YAML that `load_yaml` and `resolve` read back to an equal one."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)  # type: ignore[call-overload]
+
+
+def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Nested mappings laid over one another, the later winning; none is changed."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            below = merged.get(key)
+            merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def settings(kind: type = Config, prefix: str = "") -> list[str]:
+    """The dotted name of every setting."""
+    names = []
+    for field, annotation in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(annotation):
+            names += settings(typing.cast(type, annotation), f"{prefix}{field}.")
+        else:
+            names.append(prefix + field)
+    return names
+
+
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    """The end of an error message: the known name nearest to a wrong one, if any is near."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _refuse_unknown(given: dict[str, Any], kind: type, prefix: str = "") -> None:
+    hints = typing.get_type_hints(kind)
+    for key, value in given.items():
+        if key not in hints:
+            elsewhere = [name for name in settings() if name.endswith(f".{key}")]  # the right name in the wrong group
+            meant = f"; did you mean {' or '.join(elsewhere)}?" if elsewhere else None
+            raise ValueError(f"{prefix}{key} is not a setting{meant or did_you_mean(f'{prefix}{key}', settings())}")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ValueError(
+                    f"{prefix}{key} is a group of settings ({', '.join(settings(hints[key]))}), not {value!r}"
+                )
+            _refuse_unknown(value, hints[key], f"{prefix}{key}.")
+
+
+def _check_budget(config: Config) -> None:
+    prompts, rollouts, low, high = (
+        config.prompts_per_step,
+        config.rollouts_per_step,
+        config.allocation.low,
+        config.allocation.high,
+    )
+    if rollouts < 2 * prompts:
+        raise ValueError(
+            f"rollouts_per_step: {rollouts} rollouts for {prompts} prompts leave groups of one, which have no advantage; "
+            f"ask for at least {2 * prompts}"
+        )
+    if config.allocation.rule == "median_split" and low > high:
+        raise ValueError(f"allocation.low: {low} is above allocation.high, {high}")
+    k, apart = config.exploration.k, config.exploration.min_distance
+    if config.exploration.rule != "all" and k >= config.sampler.steps:
+        raise ValueError(
+            f"exploration.k: {k} steps to explore, but only the first {config.sampler.steps - 1} "
+            f"of {config.sampler.steps} can be: the last is deterministic"
+        )
+    if config.exploration.rule not in ("all", "window") and (k - 1) * apart >= config.sampler.steps - 1:
+        raise ValueError(
+            f"exploration.min_distance: {k} steps to explore do not fit {apart} apart into the first "
+            f"{config.sampler.steps - 1} of {config.sampler.steps}"
+        )
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    return f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

@@ -1,0 +1,77 @@
+"""How good the policy is now: the same held-out prompts from the same noise, every time."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from diffusers.training_utils import EMAModel
+
+from aegpo.config import Config
+from aegpo.models.base import Denoiser
+from aegpo.report import save_grid
+from aegpo.rewards import Reward
+from aegpo.rollout import draw
+from aegpo.types import Judgement, Prompt
+
+SHOWN = 24  # pictures in a grid of samples
+
+
+def evaluate(
+    config: Config, model: Denoiser, held_out: Sequence[Prompt], reward: Reward, grid: Path | None = None
+) -> dict[str, float]:
+    """Draw `eval_images` pictures of each held-out prompt by ODE and judge them.
+
+    Args:
+        config: the run's; its sampler, seed and `eval_images` count.
+        model: the policy.
+        held_out: the prompts.
+        reward: the judge.
+        grid: where to write a PNG of some of the pictures.
+
+    Returns:
+        `eval/reward_mean`, and `eval/pass_rate` where the reward has a strict verdict; both again by task where the
+        prompts have one.
+    """
+    count = config.eval_images
+    images = draw(
+        model, held_out, config.sampler, seed=config.seed, images=count, batch=config.optimizer.micro_batch
+    )
+    asked = [prompt for prompt in held_out for _ in range(count)]
+    judged = reward(images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+    if grid:
+        shown = np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).round().astype(int) * count
+        save_grid(
+            grid,
+            images[shown],
+            [asked[i].text for i in shown],
+            judged.score[shown].tolist(),
+            None if judged.passed is None else judged.passed[shown].tolist(),
+        )
+    return _means(judged, [prompt.metadata.get("task") for prompt in asked])
+
+
+def _means(judged: Judgement, tasks: Sequence[str | None]) -> dict[str, float]:
+    metrics = {"eval/reward_mean": float(judged.score.mean())}
+    if judged.passed is not None:
+        metrics["eval/pass_rate"] = float(judged.passed.mean())
+    for task in dict.fromkeys(task for task in tasks if task):
+        here = np.array([other == task for other in tasks])
+        metrics[f"eval/reward/{task}"] = float(judged.score[here].mean())
+        if judged.passed is not None:
+            metrics[f"eval/pass_rate/{task}"] = float(judged.passed[here].mean())
+    return metrics
+
+
+@contextmanager
+def averaged(model: Denoiser, average: EMAModel | None) -> Iterator[None]:
+    """Within it, the model has its averaged weights, if the run averages any."""
+    if average is None:
+        yield
+        return
+    average.store(model.trainable.values())
+    average.copy_to(model.trainable.values())
+    try:
+        yield
+    finally:
+        average.restore(model.trainable.values())

@@ -1,0 +1,1 @@
+"""Pure tensor functions: the transitions, schedules, advantages, losses and entropies of the method."""

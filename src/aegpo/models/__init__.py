@@ -1,0 +1,64 @@
+"""The models that can be trained: the only room that knows diffusers and peft."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+
+from aegpo import world
+from aegpo.config import Model
+from aegpo.models.base import Denoiser
+from aegpo.models.sd3 import SD3
+
+__all__ = ["Denoiser", "load", "load_pipeline"]
+
+FAMILIES = {"StableDiffusion3Pipeline": "sd3"}
+
+
+def load(settings: Model, seed: int = 0) -> Denoiser:
+    """Load a pipeline and make it trainable: on a GPU if there is one, in bfloat16 there and float32 on a CPU.
+
+    Args:
+        settings: the `model` part of a config.
+        seed: of a fresh adapter's weights.
+
+    Raises:
+        ValueError: there is no such pipeline, or it belongs to no family that we know.
+    """
+    pipe = load_pipeline(settings)
+    return SD3(pipe, settings, text_tokens(settings), seed)
+
+
+def text_tokens(settings: Model) -> int:
+    """Length of the T5 part of a prompt; the embedded pipeline knows none."""
+    return 0 if settings.path == "world" else settings.text_tokens
+
+
+def load_pipeline(settings: Model) -> StableDiffusion3Pipeline:
+    """The untouched diffusers pipeline that the settings name; raises ValueError as `load` does."""
+    path = str(world.path()) if settings.path == "world" else settings.path
+    try:
+        index = DiffusionPipeline.load_config(path)
+    except (OSError, ValueError) as error:
+        if Path(path).exists():
+            raise ValueError(f"model.path: {path} holds no diffusers pipeline (no readable model_index.json)") from None
+        raise ValueError(f"model.path: {path} is neither a folder nor a pipeline on the hub: {error}") from None
+    family = FAMILIES.get(index["_class_name"])
+    if family is None or settings.family not in ("auto", family):
+        raise ValueError(f"model.family: {path} is a {index['_class_name']}; known are {', '.join(FAMILIES)}")
+    gpu = torch.cuda.is_available()
+    pipe = StableDiffusion3Pipeline.from_pretrained(
+        path, torch_dtype=torch.bfloat16 if gpu else torch.float32, **_absent_parts(index)
+    )
+    pipe.set_progress_bar_config(disable=True)
+    if gpu:
+        pipe.to("cuda")
+        if settings.train == "full":
+            pipe.transformer.float()
+    return pipe
+
+
+def _absent_parts(index: dict[str, Any]) -> dict[str, None]:
+    """diffusers wants the T5 that a pipeline was saved without to be named as absent."""
+    return {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}

@@ -1,0 +1,173 @@
+"""`README.md` of a run's folder: the model card, ready for the Hub."""
+
+import re
+from collections.abc import Callable
+from html import escape
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from aegpo.report.html import count, duration, percent, reward
+from aegpo.report.images import sample_names
+from aegpo.report.records import Change, RunRecord, pass_rate_changes, read_run, reward_changes, write_whole
+
+EMBEDDED = "world"  # the `model.path` that means the pipeline in the package
+WITHOUT_T5 = "text_encoder_3=None, tokenizer_3=None"  # which that pipeline does not have
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+CITATION = """## Citation
+
+```bibtex
+@misc{aegpo2026,
+  title         = {{AEGPO}: Adaptive Entropy-Guided Policy Optimization for Diffusion Models},
+  year          = {2026},
+  eprint        = {2602.06825},
+  archivePrefix = {arXiv}
+}
+@misc{flowgrpo2025,
+  title         = {{Flow-GRPO}: Training Flow Matching Models via Online RL},
+  year          = {2025},
+  eprint        = {2505.05470},
+  archivePrefix = {arXiv}
+}
+```"""
+
+
+def write_model_card(run: Path) -> Path:
+    """Writes `README.md` into a run's folder, from what the folder holds, and returns its path.
+
+    Raises:
+        ValueError: `run` is no run's folder, one of its files leads outside of it, or its metrics are damaged.
+    """
+    record = read_run(run)
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(record), sort_keys=False)}---",
+        f"# {_plain(record.folder.name)}\n\n{_summary(record)}",
+        _results(record),
+        _pictures(record),
+        _loading(record),
+        _versions(record),
+        CITATION,
+    ]
+    write_whole(record.folder / "README.md", ("\n\n".join(part for part in parts if part) + "\n").encode())
+    return run / "README.md"
+
+
+def _front_matter(record: RunRecord) -> dict[str, Any]:
+    base = _base(record)
+    known = {"license": "apache-2.0"} if base == EMBEDDED else {"base_model": base} if _is_on_hub(base) else {}
+    tags = ["text-to-image", "diffusers", "aegpo", "reinforcement-learning"]
+    return known | {
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["lora", *tags] if _is_lora(record) else tags,
+    }
+
+
+def _summary(record: RunRecord) -> str:
+    kind = "LoRA adapter for" if _is_lora(record) else "Full fine-tuning of"
+    method = f"aligned by online reinforcement learning (`{_plain(str(record.setting('algorithm')))}`)"
+    sentence = f"{kind} {_base_in_words(_base(record))}, {method}"
+    if not record.training:
+        return f"{sentence}."
+    last = record.training[-1]
+    effort = f"{last['step']} steps, {count(last['forwards'])} forwards, {duration(last['seconds'])}"
+    return f"{sentence}: {effort}."
+
+
+def _results(record: RunRecord) -> str:
+    tables = [
+        _table("Graded reward", reward_changes(record.evaluations), reward),
+        _table("Pass rate (change in points)", pass_rate_changes(record.evaluations), percent),
+    ]
+    return "\n\n".join(["## Results on held-out prompts", *filter(None, tables)]) if any(tables) else ""
+
+
+def _table(title: str, changes: list[Change], written: Callable[..., str]) -> str:
+    head = [f"| {title} | before | after | change |", "| :-- | --: | --: | --: |"]
+    rows = [
+        f"| {_plain(c.name)} | {written(c.before)} | {written(c.after)} | {written(c.difference, signed=True)} |"
+        for c in changes
+    ]
+    return "\n".join([*head, *rows]) if rows else ""
+
+
+def _pictures(record: RunRecord) -> str:
+    names = sample_names(record.folder)
+    if len(names) < 2:
+        return ""
+    before, after = f"![before training]({names[0]}.png)", f"![after training]({names[-1]}.png)"
+    return "\n\n".join(["## Pictures", "Before:", before, "After:", after])
+
+
+def _loading(record: RunRecord) -> str:
+    lines = _loading_lora(record) if _is_lora(record) else _loading_full(record)
+    arguments = {
+        "num_inference_steps": record.setting("sampler.steps"),
+        "guidance_scale": record.setting("sampler.guidance"),
+    }
+    if _base(record) == EMBEDDED:
+        arguments["max_sequence_length"] = 0  # else the pipeline appends 256 zeros in the place of T5's tokens
+    if record.setting("model.resolution"):
+        arguments["height"] = arguments["width"] = record.setting("model.resolution")
+    written = ", ".join(f"{name}={value}" for name, value in arguments.items() if value is not None)
+    call = f'image = pipe("a red circle above a blue square", {written}).images[0]'
+    return "\n".join(["## Use", "", "```python", *lines, call, "```"])
+
+
+def _loading_lora(record: RunRecord) -> list[str]:
+    base = _base(record)
+    if base == EMBEDDED:
+        imports = ["import aegpo.world", "from diffusers import StableDiffusion3Pipeline", ""]
+        load = f"pipe = StableDiffusion3Pipeline.from_pretrained(aegpo.world.path(), {WITHOUT_T5})"
+    else:
+        imports = ["from diffusers import DiffusionPipeline", ""]
+        place = f'"{base}")' if _is_on_hub(base) else f"{_last_part(base)!r})  # wherever you keep it"
+        load = f"pipe = DiffusionPipeline.from_pretrained({place}"
+    return [*imports, load, 'pipe.load_lora_weights(".")  # the folder of this card']
+
+
+def _loading_full(record: RunRecord) -> list[str]:
+    arguments = f'".", {WITHOUT_T5}' if _base(record) == EMBEDDED else '"."'
+    load = f"pipe = DiffusionPipeline.from_pretrained({arguments})  # the folder of this card"
+    return ["from diffusers import DiffusionPipeline", "", load]
+
+
+def _versions(record: RunRecord) -> str:
+    if not record.env:
+        return ""
+    versions = {"python": record.env["python"]} | record.env["versions"]
+    rows = [f"- {_plain(name)} {_plain(version)}" for name, version in versions.items()]
+    return "\n".join(["## Versions", "", *rows])
+
+
+def _is_lora(record: RunRecord) -> bool:
+    return record.setting("model.train") != "full"
+
+
+def _base(record: RunRecord) -> str:
+    return str(record.setting("model.path"))
+
+
+def _base_in_words(base: str) -> str:
+    if base == EMBEDDED:
+        return "the small text-to-image model embedded in aegpo"
+    if _is_on_hub(base):
+        return f"[{base}](https://huggingface.co/{base})"
+    return f"the local pipeline {_plain(_last_part(base))}"
+
+
+def _is_on_hub(base: str) -> bool:
+    """Whether diffusers would look for the model on the Hub: it does where no folder of that name stands."""
+    return HUB_ID.fullmatch(base) is not None and not Path(base).is_dir()
+
+
+def _last_part(base: str) -> str:
+    """A local model's own name, without the folders above it: a card is published, and they are nobody's business."""
+    return PurePath(base).name
+
+
+def _plain(text: str) -> str:
+    """The text on one line, with nothing in it that Markdown or HTML would act on."""
+    return re.sub(r"([\\`*_\[\]|#~$])", r"\\\1", escape(" ".join(text.split()), quote=False))

@@ -1,0 +1,82 @@
+"""Rewards: callables on images, prompts and metadata."""
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from aegpo.types import Judgement
+
+__all__ = ["Reward", "load"]
+
+
+class Reward(Protocol):
+    """Judges n images; higher is better."""
+
+    def __call__(
+        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+    ) -> Judgement:
+        """Judge uint8 images (n, H, W, 3)."""
+        ...
+
+
+def load(name: str) -> Reward:
+    """The reward of that name.
+
+    Args:
+        name: `world`, or a function of the user's own, `file.py:function` or `package.module:function`. It is called
+            with the images, uint8 (n, H, W, 3), and the n prompts, and with the n metadata mappings if it takes a third
+            argument; it returns n numbers.
+
+    Raises:
+        ValueError: no such reward, file or function.
+    """
+    if name == "world":
+        from aegpo import world
+
+        return lambda images, prompts, metadata: Judgement(*world.verify(images, prompts, metadata))
+    if ":" not in name:
+        raise ValueError(f"reward: {name!r} is unknown; give 'world', or your own as 'my_reward.py:score'")
+    return _checked(_import(name), name)
+
+
+def _import(name: str) -> Callable[..., Any]:
+    where, _, attribute = name.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            assert spec and spec.loader
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+    except FileNotFoundError:
+        raise ValueError(f"reward: file {where} does not exist") from None
+    except ImportError as error:
+        raise ValueError(f"reward: {where} cannot be imported: {error}") from None
+    except SyntaxError as error:
+        raise ValueError(f"reward: {where} is not valid Python: line {error.lineno}: {error.msg}") from None
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"reward: {where} has no function {attribute!r}")
+    return function
+
+
+def _checked(function: Callable[..., Any], name: str) -> Reward:
+    """The user's function with its answer checked: n finite numbers."""
+    takes_metadata = len(inspect.signature(function).parameters) > 2
+
+    def reward(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Judgement:
+        answer = function(images, prompts, metadata) if takes_metadata else function(images, prompts)
+        score = np.asarray(answer, dtype=np.float32)
+        if score.shape != (len(images),):
+            raise ValueError(f"reward {name} returned shape {score.shape} for {len(images)} images; one number each is due")
+        if not np.isfinite(score).all():
+            raise ValueError(f"reward {name} returned {score[~np.isfinite(score)][0]} for an image; numbers must be finite")
+        return Judgement(score)
+
+    return reward

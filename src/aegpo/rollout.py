@@ -1,0 +1,162 @@
+"""Drawing images: the probe's noiseless ones, the rollouts that explore, and those of an evaluation.
+
+Noise is keyed by what it is for, never by where it stands in a batch: the same rollout gets the same noise in any batch.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aegpo.config import Sampler
+from aegpo.math.transitions import log_prob, transition
+from aegpo.models.base import Denoiser
+from aegpo.models.probe import AttentionProbe
+from aegpo.types import Conditions, Plan, Prompt, Rollouts, Signals, Transitions
+
+ROLLOUT, PROBE, EVALUATION = 0, 1, 2  # what noise is for: the first number of its key
+
+
+def noise(shape: tuple[int, ...], *key: int) -> Tensor:
+    """Standard normal noise that depends on the key alone; float32, on the CPU."""
+    return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, dtype=np.float32))
+
+
+def _first_latents(model: Denoiser, keys: Sequence[tuple[int, ...]]) -> Tensor:
+    return torch.stack([noise(model.latent_shape, *key) for key in keys]).to(model.device)
+
+
+def probe(
+    model: Denoiser,
+    prompts: Sequence[Prompt],
+    conditions: Conditions,
+    sampler: Sampler,
+    *,
+    seed: int,
+    batch: int,
+    base_entropy: dict[int, Tensor],
+) -> Signals:
+    """Denoise each prompt once by ODE, under the policy and under the base, and read the attention (arXiv 2602.06825).
+
+    A prompt's first latent is its own, always the same, so the base's entropy is computed at its first visit only:
+    `base_entropy`, by prompt id, float64 (N,), is read and filled.
+    """
+
+    def curves(which: list[int]) -> Tensor:
+        parts = []
+        for part in torch.tensor(which).split(batch):
+            x = _first_latents(model, [(PROBE, seed, prompts[i].id) for i in part])
+            with AttentionProbe(model.image_tokens) as attention:
+                denoise(model, x, conditions, part, sampler)
+            layers = attention.entropy()[:, -len(part) :]  # under guidance the empty prompt's rows come first
+            parts.append(layers.unflatten(0, (sampler.steps, -1)).double().mean(1).T.cpu())
+        return torch.cat(parts)
+
+    new = [i for i, prompt in enumerate(prompts) if prompt.id not in base_entropy]
+    if new:
+        with model.reference():
+            base_entropy.update(zip((prompts[i].id for i in new), curves(new), strict=True))
+    return Signals(curves(list(range(len(prompts)))), torch.stack([base_entropy[prompt.id] for prompt in prompts]))
+
+
+def collect(
+    model: Denoiser,
+    prompts: Sequence[Prompt],
+    conditions: Conditions,
+    plan: Plan,
+    sampler: Sampler,
+    *,
+    seed: int,
+    step: int,
+    batch: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> Rollouts:
+    """Draw the rollouts that the plan asks for, `batch` at a time, and keep what they explored.
+
+    `progress` is told how many more rollouts are done.
+    """
+    images, rows = [], []
+    member = torch.cat([torch.arange(count) for count in plan.rollouts])
+    for part in torch.arange(len(plan.group)).split(batch):
+        keys = [(ROLLOUT, seed, step, prompts[plan.group[i]].id, int(member[i])) for i in part]
+        x, explored = denoise(
+            model,
+            _first_latents(model, [(*key, 0) for key in keys]),
+            conditions,
+            plan.group[part],
+            sampler,
+            plan.explored[plan.group[part]],
+            lambda i, t, keys=keys: noise(model.latent_shape, *keys[i], t + 1),
+        )
+        images.append(model.decode(x))
+        rows += [Transitions(**{**vars(row), "rollout": part[row.rollout]}) for row in explored]
+        progress(len(part))
+    transitions = Transitions(**{name: torch.cat([getattr(row, name) for row in rows]) for name in vars(rows[0])})
+    return Rollouts(np.concatenate(images), plan.group, transitions)
+
+
+def draw(
+    model: Denoiser, prompts: Sequence[Prompt], sampler: Sampler, *, seed: int, images: int, batch: int
+) -> np.ndarray:
+    """`images` pictures of every prompt by ODE, from noise that is always the same; uint8 (prompts x images, H, W, 3)."""
+    pictures = []
+    wanted = torch.arange(len(prompts)).repeat_interleave(images)
+    for part in torch.arange(len(wanted)).split(batch):
+        x = _first_latents(model, [(EVALUATION, seed, prompts[wanted[i]].id, int(i) % images) for i in part])
+        conditions = model.encode([prompts[wanted[i]].text for i in part])
+        x, _ = denoise(model, x, conditions, torch.arange(len(part)), sampler)
+        pictures.append(model.decode(x))
+    return np.concatenate(pictures)
+
+
+@torch.no_grad()
+def denoise(
+    model: Denoiser,
+    x: Tensor,
+    conditions: Conditions,
+    prompt: Tensor,
+    sampler: Sampler,
+    explored: Tensor | None = None,
+    fresh: Callable[[int, int], Tensor] | None = None,
+) -> tuple[Tensor, list[Transitions]]:
+    """One batch from noise to clean latents: noise is injected at the explored steps, every other step is ODE.
+
+    Args:
+        model: the policy.
+        x: first latents, float32 (B, ...).
+        conditions: the encoded prompts.
+        prompt: int64 (B,), the row of the conditions that each latent belongs to.
+        sampler: the settings of the steps.
+        explored: bool (B, N); none: no step is.
+        fresh: noise for (latent, denoising step); needed where steps are explored.
+
+    Returns:
+        Clean latents (B, ...), and the explored transitions of each step, `rollout` counting the latents of this batch.
+    """
+    sigmas = model.sigmas(sampler.steps)
+    rows = []
+    for step in range(sampler.steps):
+        sigma, sigma_next = sigmas[step].item(), sigmas[step + 1].item()
+        velocity = model.predict(x, sigmas[step], conditions, prompt, sampler.guidance)
+        x_next, _ = transition(x, velocity, sigma, sigma_next, "ode", eta=0.0)
+        if explored is not None and fresh is not None and explored[:, step].any():
+            which = explored[:, step].nonzero().flatten()
+            here = which.to(x.device)
+            mean, std = transition(
+                x[here], velocity[here], sigma, sigma_next, sampler.kind, sampler.eta, sigmas[1].item()
+            )
+            x_next[here] = mean + std * torch.stack([fresh(i, step) for i in which.tolist()]).to(x.device)
+            rows.append(
+                Transitions(
+                    x=x[here],
+                    x_next=x_next[here],
+                    step=torch.full_like(which, step),
+                    prompt=prompt[which],
+                    rollout=which,
+                    log_prob=log_prob(x_next[here], mean, std),
+                    advantage=torch.zeros(len(which), device=x.device),
+                )
+            )
+        x = x_next
+    return x, rows

@@ -1,0 +1,266 @@
+"""The loop: prompts -> probe -> plan -> rollouts -> rewards -> advantages -> transitions -> update.
+
+It knows no algorithm by name. A variant is a choice of sampler, allocation, exploration, advantage and loss
+(`aegpo.algorithms`), and arrives here as settings.
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from aegpo import checkpoint, logbook
+from aegpo.adapt.allocation import allocate
+from aegpo.adapt.exploration import explore
+from aegpo.config import Config
+from aegpo.data import draw
+from aegpo.evaluation import averaged, evaluate
+from aegpo.math.advantages import group_advantages
+from aegpo.math.losses import clipped_surrogate
+from aegpo.math.transitions import gaussian_kl, log_prob, transition
+from aegpo.models.base import Denoiser
+from aegpo.rewards import Reward
+from aegpo.rollout import collect, probe
+from aegpo.types import Conditions, LossOutput, Plan, Prompt, Signals, Transitions
+
+SHUFFLE, STEPS = 3, 4  # what a random choice is for: the first number of its key
+
+
+class Display(Protocol):
+    """Shows how far the work is."""
+
+    def begin(self, what: str, total: int) -> None:
+        """A phase begins: so many pieces of this work lie ahead."""
+        ...
+
+    def advance(self, count: int) -> None:
+        """So many of them are done."""
+        ...
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """A training step, or an evaluation, is over."""
+        ...
+
+
+def train(
+    config: Config,
+    model: Denoiser,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    reward: Reward,
+    run: Path,
+    display: Display,
+    resume: Path | None = None,
+) -> None:
+    """Train the policy, writing metrics, samples, checkpoints and weights into the run's folder.
+
+    Args:
+        config: a resolved config.
+        model: the policy, fresh from `aegpo.models.load`.
+        prompts: to learn on.
+        held_out: for evaluations.
+        reward: judges images.
+        run: the run's folder, which exists.
+        display: shows progress.
+        resume: a checkpoint of this run to go on from.
+
+    Raises:
+        ValueError: the reward or a checkpoint is not what it should be.
+    """
+    optimizer = torch.optim.AdamW(
+        model.trainable.values(),
+        lr=config.optimizer.lr,
+        betas=config.optimizer.betas,
+        eps=config.optimizer.eps,
+        weight_decay=config.optimizer.weight_decay,
+    )
+    average = EMAModel(model.trainable.values(), decay=config.optimizer.ema) if config.optimizer.ema else None
+    base_entropy: dict[int, Tensor] = {}
+    done, began = 0, time.monotonic()
+
+    def record(step: int, metrics: dict[str, Any]) -> None:
+        if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
+            with averaged(model, average):
+                metrics |= evaluate(config, model, held_out, reward, run / "samples" / f"step-{step:06d}.png")
+                model.save(run)
+        metrics = {"step": step, "seconds": time.monotonic() - began, "forwards": model.forwards, **metrics}
+        logbook.write(run, metrics)
+        display.step(metrics)
+
+    if resume:
+        state, base_entropy = checkpoint.load(resume, model.trainable, optimizer, average)
+        done, model.forwards, began = state["step"], state["forwards"], began - state["seconds"]
+        logbook.cut(run, done)
+    else:
+        record(0, {})
+
+    for step in range(done, config.steps):
+        batch = draw(prompts, config.prompts_per_step, config.seed, step)
+        texts = [prompt.text for prompt in batch]
+        conditions = model.encode(texts)
+
+        signals = None
+        if needs_probe(config):
+            signals = probe(
+                *(model, batch, conditions, config.sampler),
+                seed=config.seed,
+                batch=config.optimizer.micro_batch,
+                base_entropy=base_entropy,
+            )
+        plan = make_plan(config, signals, step)
+
+        display.begin("rollouts", int(plan.rollouts.sum()))
+        rollouts = collect(
+            *(model, batch, conditions, plan, config.sampler),
+            seed=config.seed,
+            step=step,
+            batch=config.optimizer.micro_batch,
+            progress=display.advance,
+        )
+        judged = reward(rollouts.images, [texts[i] for i in rollouts.group], [batch[i].metadata for i in rollouts.group])
+        scores = torch.from_numpy(judged.score)
+        advantage = group_advantages(
+            *(scores, rollouts.group),
+            std=config.advantage.std,
+            eps=config.advantage.eps,
+            clip=config.advantage.clip,
+        )
+        rows = rollouts.transitions.with_advantages(advantage.to(model.device))
+        learned = update(config, model, optimizer, rows, conditions, step, display)
+        if average and (step + 1) % config.optimizer.ema_every == 0:
+            average.step(model.trainable.values())
+
+        about = {"prompts": texts, "rollouts": len(scores)}
+        record(step + 1, about | logbook.describe(plan, signals, scores, advantage) | learned)
+        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            counters = {"forwards": model.forwards, "seconds": time.monotonic() - began}
+            checkpoint.save(run, step + 1, model.trainable, optimizer, average, base_entropy, counters)
+
+
+# ---------------------------------------------------------------- plan
+
+
+def needs_probe(config: Config) -> bool:
+    """Whether any choice of the plan looks at attention entropy."""
+    return config.allocation.rule == "median_split" or config.exploration.rule.endswith("entropy_peaks")
+
+
+def make_plan(config: Config, signals: Signals | None, step: int) -> Plan:
+    """Rollouts for each prompt, and the steps at which they explore."""
+    shape = (config.prompts_per_step, config.sampler.steps)
+    signals = signals or Signals(torch.zeros(shape), torch.zeros(shape))
+    watched = signals.entropy
+    if config.exploration.rule == "delta_entropy_peaks":
+        watched = signals.entropy - signals.base_entropy
+    return Plan(
+        allocate(
+            signals.delta_entropy,
+            config.allocation.rule,
+            low=config.allocation.low,
+            high=config.allocation.high,
+            total=config.rollouts_per_step,
+        ),
+        explore(
+            watched,
+            config.exploration.rule,
+            k=config.exploration.k,
+            min_distance=config.exploration.min_distance,
+            seed=seed_of(STEPS, config.seed, step),
+        ),
+    )
+
+
+def seed_of(*key: int) -> int:
+    """One number from a key of several, well mixed."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+# ---------------------------------------------------------------- update
+
+
+def update(
+    config: Config,
+    model: Denoiser,
+    optimizer: torch.optim.Optimizer,
+    rows: Transitions,
+    conditions: Conditions,
+    step: int,
+    display: Display,
+) -> dict[str, Any]:
+    """Shuffle the rows of all prompts and timesteps, deal them to the optimizer steps, and take those.
+
+    A group whose rewards are all equal has no advantage and teaches nothing: its rows are left out before the forward. The
+    loss is the mean over all rows, those too.
+    """
+    share = len(rows) / config.optimizer.updates
+    rows = rows[rows.advantage != 0]
+    order = torch.from_numpy(np.random.default_rng([SHUFFLE, config.seed, step]).permutation(len(rows)))
+    display.begin("update", len(rows))
+    totals: dict[str, float] = {}
+    grad_norms = []
+    first_error = 0.0
+    for number, dealt in enumerate(order.tensor_split(config.optimizer.updates)):
+        if len(dealt) == 0:
+            continue
+        optimizer.zero_grad()
+        for micro in dealt.split(config.optimizer.micro_batch):
+            loss = objective(config, model, rows[micro], conditions)
+            (loss.value / share).backward()
+            for name, value in loss.metrics.items():
+                totals[name] = totals.get(name, 0.0) + value.item()
+            if number == 0:
+                first_error = max(first_error, loss.metrics["ratio/first_error"].item())
+            display.advance(len(micro))
+        grad_norms.append(nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm).item())
+        optimizer.step()
+    means = {name: total / len(rows) for name, total in totals.items()}
+    return means | {
+        "rows": len(rows),
+        "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
+        "ratio/first_error": first_error,
+        "lr": config.optimizer.lr,
+    }
+
+
+def objective(config: Config, model: Denoiser, rows: Transitions, conditions: Conditions) -> LossOutput:
+    """The clipped surrogate of explored transitions, and the KL to the base policy, summed over the rows.
+
+    One forward serves rows of any prompts and denoising steps.
+    """
+    sigmas = model.sigmas(config.sampler.steps)
+    sigma, sigma_next = sigmas[rows.step].to(rows.x), sigmas[rows.step + 1].to(rows.x)
+
+    def transition_mean() -> tuple[Tensor, Tensor]:
+        velocity = model.predict(rows.x, sigma, conditions, rows.prompt, config.sampler.guidance)
+        return transition(
+            *(rows.x, velocity, sigma, sigma_next, config.sampler.kind, config.sampler.eta),
+            sigma_first=sigmas[1].item(),
+        )
+
+    mean, std = transition_mean()
+    current = log_prob(rows.x_next, mean, std)
+    loss = clipped_surrogate(
+        current, rows.log_prob, rows.advantage, config.loss.clip_low, config.loss.clip_high
+    )
+    log_ratio = (current - rows.log_prob).detach()
+    ratio = log_ratio.exp()
+    metrics = {
+        "ratio/mean": ratio.sum(),
+        "ratio/first_error": (ratio - 1).abs().max(),
+        "clip_fraction": ((ratio < 1 - config.loss.clip_low) | (ratio > 1 + config.loss.clip_high)).float().sum(),
+        "approx_kl": log_ratio.square().sum() / 2,
+    }
+    if config.loss.kl:
+        with torch.no_grad(), model.reference():
+            base_mean, _ = transition_mean()
+        # Flow-GRPO divides by 2 g^2, not by the true variance g^2 h: its weight belongs to h times the divergence.
+        divergence = gaussian_kl(mean, base_mean, std) * (sigma - sigma_next)
+        loss = loss + config.loss.kl * divergence
+        metrics["kl"] = divergence.detach().sum()
+    metrics["loss"] = loss.detach().sum()
+    return LossOutput(loss.sum(), metrics)

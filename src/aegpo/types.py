@@ -1,0 +1,140 @@
+"""The plain data that flows through a step: prompts -> signals -> plan -> rollouts -> transitions -> loss.
+
+Shape letters: P prompts of a step, N denoising steps, n rollouts of all prompts together, m explored transitions.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt; `id` is its line in the file it came from, so two equal texts stay two prompts."""
+
+    id: int
+    text: str
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Encoded prompts of a step, and the empty prompt that classifier-free guidance needs.
+
+    Attributes:
+        embeds: (P, tokens, width) the transformer's text tokens.
+        pooled: (P, width).
+        null_embeds: (1, tokens, width).
+        null_pooled: (1, width).
+    """
+
+    embeds: Tensor
+    pooled: Tensor
+    null_embeds: Tensor
+    null_pooled: Tensor
+
+
+@dataclass(frozen=True)
+class Signals:
+    """What the probe measured, mean over probed layers, heads and query rows, in nats.
+
+    Attributes:
+        entropy: float64 (P, N), attention entropy under the current policy.
+        base_entropy: float64 (P, N), the same under the base policy.
+    """
+
+    entropy: Tensor
+    base_entropy: Tensor
+
+    @property
+    def delta_entropy(self) -> Tensor:
+        """|mean_t H_theta - mean_t H_base|, float64 (P,)."""
+        return (self.entropy.mean(1) - self.base_entropy.mean(1)).abs()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the step's budget goes.
+
+    Attributes:
+        rollouts: int64 (P,), how many images each prompt gets.
+        explored: bool (P, N), at which denoising steps they explore; every other step is ODE.
+    """
+
+    rollouts: Tensor
+    explored: Tensor
+
+    @property
+    def group(self) -> Tensor:
+        """The prompt of every rollout, int64 (n,): prompt 0's rollouts first, then prompt 1's."""
+        return self.rollouts.new_tensor(range(len(self.rollouts))).repeat_interleave(self.rollouts)
+
+
+@dataclass(frozen=True)
+class Transitions:
+    """Explored transitions, one a row; rows of all prompts and denoising steps stand together.
+
+    Attributes:
+        x, x_next: float32 (m, ...), the latent before and after.
+        step: int64 (m,), the denoising step.
+        prompt: int64 (m,), the row of the step's `Conditions`.
+        rollout: int64 (m,), the rollout it belongs to.
+        log_prob: float32 (m,), under the policy that drew it.
+        advantage: float32 (m,).
+    """
+
+    x: Tensor
+    x_next: Tensor
+    step: Tensor
+    prompt: Tensor
+    rollout: Tensor
+    log_prob: Tensor
+    advantage: Tensor
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    def __getitem__(self, index: Tensor) -> "Transitions":
+        return Transitions(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+    def with_advantages(self, advantage: Tensor) -> "Transitions":
+        """The rows with their rollout's advantage; `advantage` is float32 (n,)."""
+        return replace(self, advantage=advantage[self.rollout])
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """The images of a step.
+
+    Attributes:
+        images: uint8 (n, height, width, 3).
+        group: int64 (n,), the prompt of each.
+        transitions: what was explored while drawing them; advantages still zero.
+    """
+
+    images: np.ndarray
+    group: Tensor
+    transitions: Transitions
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What a reward said of n images.
+
+    Attributes:
+        score: float32 (n,).
+        passed: bool (n,), the strict verdict, for rewards that have one.
+    """
+
+    score: np.ndarray
+    passed: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of a micro-batch (summed over its rows) and what is logged of it, each summed over rows."""
+
+    value: Tensor
+    metrics: dict[str, Tensor]

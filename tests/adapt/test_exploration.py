@@ -1,0 +1,159 @@
+"""Exploration: peaks against numpy and brute force, fallbacks, spacing, the last step, invariances."""
+
+from itertools import combinations, pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aegpo.adapt.exploration import explore
+
+RULES = ("all", "window", "random", "entropy_peaks", "delta_entropy_peaks")
+H = [3.51, 3.34, 3.33, 3.35, 3.38, 3.43, 3.49, 3.57, 3.64, 9.0]
+DELTA = [-0.049, -0.064, -0.052, -0.039, -0.030, -0.024, -0.019, -0.017, -0.014, -9.0]
+
+
+def steps(*values: float, rule: Any = "entropy_peaks", **options: Any) -> list[int]:
+    """The explored steps of one prompt."""
+    mask = explore(torch.tensor([values]), rule, **options)
+    assert mask.dtype == torch.bool and mask.shape == (1, len(values))
+    return mask[0].nonzero().flatten().tolist()
+
+
+def noise(prompts: int, length: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(prompts, length, generator=torch.Generator().manual_seed(seed))
+
+
+def test_peaks_of_measured_curves():
+    assert steps(*H) == [0, 6, 7, 8]
+    assert steps(*DELTA, rule="delta_entropy_peaks") == [0, 1, 2, 3]
+    assert steps(*DELTA, rule="entropy_peaks") == [5, 6, 7, 8]
+
+
+@pytest.mark.parametrize("k", [1, 4, 9])
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("rule", ["entropy_peaks", "delta_entropy_peaks"])
+def test_peaks_are_the_highest_values(k, last, rule):
+    entropy = noise(20, 10)
+    mask = explore(entropy, rule, k, last=last).numpy()
+    signal = entropy.numpy() if rule == "entropy_peaks" else np.abs(entropy.numpy())
+    expected = np.zeros_like(mask)
+    np.put_along_axis(expected, np.argsort(-signal[:, : 10 if last else 9], axis=1)[:, :k], True, axis=1)
+    assert (mask == expected).all()
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_last_step_is_explored_only_when_asked_for(rule):
+    entropy = noise(8, 6)
+    entropy[:, -1] = 50.0
+    assert not explore(entropy, rule, 5)[:, -1].any()
+    assert explore(entropy, rule, 6, last=True).all()
+    assert explore(entropy, rule, 5)[:, :-1].all()
+
+
+def test_all_is_every_step_and_ignores_k():
+    assert steps(1.0, 2.0, 3.0, rule="all", k=40) == [0, 1]
+    assert steps(1.0, 2.0, 3.0, rule="all", last=True) == [0, 1, 2]
+
+
+def test_window_begins_where_it_is_told():
+    assert steps(*H, rule="window", k=3) == [0, 1, 2]
+    assert steps(*H, rule="window", k=3, start=6) == [6, 7, 8]
+    assert steps(*H, rule="window", k=3, start=7, last=True) == [7, 8, 9]
+
+
+@pytest.mark.parametrize("rule", ["entropy_peaks", "delta_entropy_peaks"])
+def test_flat_signal_takes_the_first_steps(rule):
+    assert steps(*[0.0] * 10, rule=rule) == [0, 1, 2, 3]
+    assert steps(*[-2.5] * 10, rule=rule, k=3) == [0, 1, 2]
+    assert steps(*[0.0] * 10, rule=rule, k=3, min_distance=3) == [0, 3, 6]
+
+
+def test_ties_go_to_the_earliest_step():
+    assert steps(1.0, 3.0, 2.0, 2.0, 3.0, 2.0, 0.0, k=3) == [1, 2, 4]
+
+
+def test_delta_of_some_prompts_may_be_flat():
+    delta = torch.tensor([[0.0] * 6, [0, 0, -1, 0.5, 0, 0]])
+    mask = explore(delta, "delta_entropy_peaks", 2)
+    assert mask.tolist() == [[True, True] + [False] * 4, [False, False, True, True, False, False]]
+
+
+def test_spaced_peaks_are_greedy():
+    assert steps(0, 5, 6, 5, 0, 1, 0, 4, 9, 0, k=3, min_distance=2) == [2, 5, 8]
+    assert steps(0, 5, 6, 5, 0, 1, 0, 4, 9, 0, k=3, min_distance=2, last=True) == [2, 5, 8]
+    assert steps(0, 5, 6, 5, 0, 1, 0, 4, 9, 9, k=2, min_distance=3) == [2, 8]
+
+
+def test_spaced_peak_that_leaves_no_room_is_passed_over():
+    assert steps(0, 1, 0, 9, 0, 1, 0, 0, k=4, min_distance=2) == [0, 2, 4, 6]
+    assert steps(0, 9, 0, 0, 9, 0, 0, 9, 0, 0, k=4, min_distance=2) == [1, 4, 6, 8]
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 8), st.integers(1, 4), st.integers(1, 3), st.booleans())
+def test_spaced_peaks_are_the_first_in_order_of_height_of_all_that_fit(seed, length, k, distance, last):
+    """Greedy with room kept: of all sets of k spaced steps, the one whose sorted heights come first."""
+    signal = noise(1, length + 1, seed)[0].tolist()
+    available = length + 1 if last else length
+    fitting = [
+        chosen for chosen in combinations(range(available), k) if all(b - a >= distance for a, b in pairwise(chosen))
+    ]
+    if fitting:
+        best = max(fitting, key=lambda chosen: sorted((signal[i] for i in chosen), reverse=True))
+        assert steps(*signal, k=k, min_distance=distance, last=last) == list(best)
+    else:
+        with pytest.raises(ValueError, match=f"{k} steps, {distance} apart, do not fit into {available} steps"):
+            steps(*signal, k=k, min_distance=distance, last=last)
+
+
+@pytest.mark.parametrize("rule", ["all", "window", "entropy_peaks", "delta_entropy_peaks"])
+@pytest.mark.parametrize("distance", [1, 2])
+def test_permuting_the_prompts_permutes_the_rows(rule, distance):
+    entropy, order = noise(12, 10), torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    expected = explore(entropy, rule, min_distance=distance)[order]
+    assert torch.equal(explore(entropy[order], rule, min_distance=distance), expected)
+
+
+def test_random_is_keyed_by_its_seed_and_differs_between_prompts():
+    entropy = noise(200, 10)
+    mask = explore(entropy, "random", 4, seed=3)
+    assert torch.equal(mask, explore(torch.zeros(200, 10), "random", 4, seed=3))
+    assert not torch.equal(mask, explore(entropy, "random", 4, seed=4))
+    assert (mask.sum(1) == 4).all() and len(mask.unique(dim=0)) > 60
+
+
+def test_random_explores_every_step_equally_often():
+    prompts = 2000
+    share = explore(torch.zeros(prompts, 10), "random", 4).double().mean(0)[:9]
+    error = (4 / 9 * 5 / 9 / prompts) ** 0.5
+    assert ((share - 4 / 9).abs() < 4 * error).all()
+
+
+@pytest.mark.parametrize("rule", ["window", "random", "entropy_peaks", "delta_entropy_peaks"])
+def test_more_steps_than_there_are_is_refused(rule):
+    with pytest.raises(ValueError, match="into 4 steps") as error:
+        explore(noise(2, 5), rule, 5)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("start", [-1, 7])
+def test_window_outside_the_trajectory_is_refused(start):
+    with pytest.raises(ValueError, match="does not fit into 9 steps"):
+        steps(*H, rule="window", k=3, start=start)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_signal_that_is_not_finite_is_named(bad):
+    entropy = noise(3, 5)
+    entropy[1, 4] = bad
+    with pytest.raises(ValueError, match=r"entropy\[1, 4\] is"):
+        explore(entropy, "entropy_peaks")
+
+
+def test_unknown_rule_is_named():
+    with pytest.raises(ValueError, match="all, window, random, entropy_peaks, delta_entropy_peaks"):
+        steps(*H, rule="peaks")

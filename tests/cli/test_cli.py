@@ -1,0 +1,449 @@
+import os
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from aegpo.cli import RECIPES, main
+from aegpo.config import Config, load_yaml, resolve, settings
+
+PNG = ["--prompt", "a red circle", "--out", "x.png"]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder, with recipes good and bad and something that looks like a run; it is the working directory."""
+    texts = {
+        "my.yaml": "steps: 20\n",
+        "misspelt.yaml": "optimizer:\n  learning_rat: 0.1\n  lrr: 0.1\n",
+        "typed.yaml": "sampler: {steps: ten}\n",
+        "number.yaml": "optimizer: 3\n",
+        "list.yaml": "- steps\n",
+        "broken.yaml": "steps: [1\nseed: 2\n",
+        "algorithms.yaml": "algorithm: [aegpo]\n",
+        "empty.txt": "\n\n",
+        "run/config.yaml": "steps: 3\noutput_dir: where/it/was\noptimizer: {lr: 0.5}\n",
+        "run/checkpoint-2/state.json": "{}",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.yaml").write_bytes("reward: é\n".encode("latin-1"))
+    (tmp_path / "latin.txt").write_bytes("a café\n".encode("latin-1"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Config, dict[str, Any]]]:
+    """Stands where a training would start, and remembers what it was asked for."""
+    asked: list[tuple[Config, dict[str, Any]]] = []
+    build = SimpleNamespace(run=lambda config, **options: asked.append((config, options)))
+    monkeypatch.setitem(sys.modules, "aegpo.build", build)
+    return asked
+
+
+def complaint(argv: list[str], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that a wrong command line gets."""
+    before = {(path, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+    assert main(argv) == 2
+    assert {(path, path.stat().st_mtime_ns) for path in folder.rglob("*")} == before
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("aegpo: ") and err.endswith("\n") and err.count("\n") == 1
+    return err.removeprefix("aegpo: ").removesuffix("\n")
+
+
+def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
+    assert main(["train", *argv, "--dry-run"]) == 0
+    return resolve(yaml.safe_load(capsys.readouterr().out))
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        # the command
+        ([], "no command given; the commands are train, sample, eval, report, world"),
+        (["trian"], "'trian' is not a command; the commands are train, .*; did you mean train\\?"),
+        (["--hlep"], "'--hlep' is not a command; .*; did you mean --help\\?"),
+        # the recipe
+        (["train", "wrld"], "recipe wrld does not exist; the packaged recipes are .*world.*; did you mean world\\?"),
+        (["train", "my.yml"], "recipe my.yml does not exist; .*; did you mean my.yaml\\?"),
+        (["train", "run"], "recipe run cannot be read: .*"),
+        (["train", "latin.yaml"], "recipe latin.yaml cannot be read: .*utf-8.*"),
+        (["train", "broken.yaml"], "recipe broken.yaml cannot be read: .*line 2.*"),
+        (["train", "list.yaml"], "recipe list.yaml must hold settings such as 'steps: 100', not a list"),
+        (["train", "my.yaml", "other.yaml"], "train: unrecognized arguments: other.yaml"),
+        # a setting, in a recipe and on the command line
+        (["train", "misspelt.yaml"], "recipe misspelt.yaml: optimizer.learning_rat is not a setting.*"),
+        (["train", "typed.yaml"], "recipe typed.yaml: sampler.steps: input should be a valid integer, got 'ten'"),
+        (["train", "number.yaml"], "recipe number.yaml: optimizer is a group of settings \\(lr, .*\\), not 3"),
+        (["train", "number.yaml", "--optimizer.lr", "1"], "recipe number.yaml: optimizer is a group .*, not 3"),
+        (
+            ["train", "algorithms.yaml"],
+            "recipe algorithms.yaml: algorithm: \\['aegpo'\\] is not one of flow-grpo, aegpo; .*",
+        ),
+        (
+            ["train", "--optimizer.lrr", "1"],
+            "command line: optimizer.lrr is not a setting; did you mean optimizer.lr\\?",
+        ),
+        (["train", "--stesp"], "command line: stesp is not a setting; did you mean steps\\?"),
+        (["train", "--algorithm", "aegop"], "command line: algorithm: 'aegop' is not one of .*; did you mean aegpo\\?"),
+        (["train", "my.yaml", "--steps", "2.5"], "command line: steps: input should be a valid integer, got 2.5"),
+        (
+            ["train", "--optimizer.lr", "fast"],
+            "command line: optimizer.lr: input should be a valid number.* got 'fast'",
+        ),
+        (["train", "--optimizer.lr", "true"], "command line: optimizer.lr: input should be a valid number, got True"),
+        (["train", "--steps", "-5"], "command line: steps: input should be greater than or equal to 0, got -5"),
+        (["train", "--rollouts-per-step", "8"], "command line: rollouts_per_step: .* groups of one.* at least 16"),
+        (
+            ["train", "--exploration.k", "10"],
+            "command line: exploration.k: 10 steps to explore, but only the first 9.*",
+        ),
+        (["train", "--optimizer", "3"], "command line: optimizer is a group of settings \\(lr, .*\\), not 3"),
+        (["train", "--model.lora.targets", "[to_q"], "command line: model.lora.targets: '\\[to_q' is not a YAML value"),
+        (["train", "--steps"], "command line: steps needs a value"),
+        (["train", "--steps", "--dry-run"], "command line: steps needs a value"),
+        (["train", "--output-dir="], "command line: output_dir needs a value"),
+        # train's own options
+        (["train", "--dryrun"], "command line: --dryrun is not an option; did you mean --dry-run\\?"),
+        (["train", "--resum", "latest"], "command line: --resum is not an option; did you mean --resume\\?"),
+        (["train", "--"], "train: -- is not an option.*"),
+        (["train", "--resume"], "train: argument --resume: give 'latest' or a folder such as .*checkpoint-10, not ''"),
+        (["train", "--resume", "lates"], "train: argument --resume: give 'latest' or a folder such as .*, not 'lates'"),
+        (["train", "--resume", "latest"], "--resume latest: runs/latest holds no config.yaml.*--output-dir.*"),
+        (["train", "--resume", "run", "--output-dir", "b"], "--resume run: . holds no config.yaml of a run.*"),
+        (["train", "--resume", "latest", "--overwrite"], "--resume goes on .* --overwrite starts .*; give one of them"),
+        (
+            ["train", "--resume", "latest", "--output-dir", "run", "--sampler.eta", "much"],
+            "command line: sampler.eta: .* got 'much'",
+        ),
+        # the small commands
+        (["sample"], "sample: the following arguments are required: RUN, --prompt, --out"),
+        (["sample", "rnu", *PNG], "sample: argument RUN: 'rnu' is not the folder of a run.*; did you mean run\\?"),
+        (["sample", "run", "--promt", "x"], "sample: --promt is not an option; did you mean --prompt\\?"),
+        (["sample", "run", "--prompt", " ", "--out", "x"], "sample: argument --prompt: must not be empty"),
+        (["sample", "run", *PNG, "--seed", "abc"], "sample: argument --seed: must be a whole .* least 0, not 'abc'"),
+        (["sample", "run", *PNG, "--seed", "-1"], "sample: argument --seed: must be a whole .* least 0, not '-1'"),
+        (["eval"], "eval: the following arguments are required: RUN"),
+        (["eval", "run", "--images", "0"], "eval: argument --images: must be a whole number of at least 1, not '0'"),
+        (["eval", "run", "--image", "3"], "eval: --image is not an option; did you mean --images\\?"),
+        (["report", "nothing"], "report: argument RUN: 'nothing' is not the folder of a run: it holds no config.yaml"),
+        (["report", "run", "more"], "report: unrecognized arguments: more"),
+        (["world"], "world: the following arguments are required: pretrain, OUT"),
+        (["world", "pretrian", "out"], "world: argument pretrain: invalid choice: 'pretrian' .*'?pretrain'?.*"),
+        (["world", "pretrain", "out", "--steps", "0"], "world: argument --steps: must be a whole .* least 1, not '0'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_that_says_what_would_be_right(
+    argv: list[str], expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert re.fullmatch(expected, complaint(argv, folder, capsys))
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["train", "--output-dir", "run"], "output_dir: run exists; .*--overwrite.*--resume latest.*--output-dir.*"),
+        (["train", "--reward", "wrld"], "reward: 'wrld' is unknown; give 'world', or your own as .*"),
+        (["train", "--prompts.train", "empty.txt"], "prompts.train: empty.txt holds no prompt.*"),
+        (["train", "--prompts.train", "latin.txt"], "prompts.train: latin.txt is not UTF-8.*"),
+        (["train", "--prompts.eval", "none.txt"], "prompts.eval: none.txt cannot be read: No such file or directory"),
+        (["sample", "run", "--prompt", "a zebra", "--out", "x.png"], "--prompt: .* does not know 'zebra' .*"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_found_by_the_training_itself_is_one_line_too(
+    argv: list[str], expected: str, folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert re.fullmatch(expected, complaint(argv, folder, capsys))
+
+
+def test_the_same_mistake_gets_the_same_words_in_a_recipe_and_on_the_command_line(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+):
+    (folder / "bad.yaml").write_text("loss: {kl: -1}\n")
+    in_recipe = complaint(["train", "bad.yaml"], folder, capsys)
+    on_command_line = complaint(["train", "my.yaml", "--loss.kl", "-1"], folder, capsys)
+    assert in_recipe.removeprefix("recipe bad.yaml: ") == on_command_line.removeprefix("command line: ")
+
+
+def test_the_layer_that_is_wrong_is_named_whatever_the_other_holds(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "wide.yaml").write_text("prompts_per_step: 60\n")  # wrong alone: 96 rollouts are too few for 60 prompts
+    assert complaint(["train", "wide.yaml"], folder, capsys).startswith("recipe wide.yaml: rollouts_per_step: 96 ")
+    assert resolved(["wide.yaml", "--rollouts_per_step", "120"], capsys).rollouts_per_step == 120
+    answer = complaint(["train", "wide.yaml", "--rollouts_per_step", "100"], folder, capsys)
+    assert answer.startswith("command line: rollouts_per_step: 100 rollouts for 60 prompts")
+    answer = complaint(["train", "wide.yaml", "--rollouts_per_step", "x"], folder, capsys)
+    assert answer == "command line: rollouts_per_step: input should be a valid integer, got 'x'"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("two\nlines,  and  spaces"), "two lines, and spaces"),
+        (FileNotFoundError(2, "No such file or directory", "me.png"), "me.png: No such file or directory"),
+        (PermissionError(13, "Permission denied", "runs"), "runs: Permission denied"),
+        (IsADirectoryError(21, "Is a directory", "runs"), "runs: Is a directory"),
+    ],
+)
+def test_an_error_of_the_training_is_one_line(
+    error: Exception,
+    expected: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    def run(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "aegpo.build", SimpleNamespace(run=run))
+    assert complaint(["train"], folder, capsys) == expected
+
+
+def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
+    def run(*_: Any, **__: Any) -> None:
+        raise AssertionError("ours")
+
+    monkeypatch.setitem(sys.modules, "aegpo.build", SimpleNamespace(run=run))
+    with pytest.raises(AssertionError, match="ours"):
+        main(["train"])
+
+
+def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    def run(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "aegpo.build", SimpleNamespace(run=run))
+    assert main(["train", "--output-dir", "my runs/a"]) == 130
+    assert capsys.readouterr().err == (
+        "aegpo: stopped; to go on: aegpo train --resume latest --output-dir 'my runs/a'\n"
+    )
+
+
+# ---------------------------------------------------------------- settings
+
+
+def test_command_line_over_recipe_over_algorithm_over_default(folder: Path, capsys: pytest.CaptureFixture[str]):
+    (folder / "three.yaml").write_text("algorithm: flow-grpo\noptimizer: {updates: 3}\n")
+    assert Config().optimizer.updates == 1
+    assert resolved(["my.yaml", "--algorithm", "flow-grpo"], capsys).optimizer.updates == 2
+    recipe = resolved(["three.yaml"], capsys)
+    assert recipe.optimizer.updates == 3
+    both = resolved(["three.yaml", "--optimizer.updates", "4"], capsys)
+    assert both.optimizer.updates == 4
+    assert both.loss.kl == recipe.loss.kl == 0.04  # the algorithm's, which neither layer above it names
+    assert both.optimizer.lr == 3e-4  # the default's, which none names
+
+
+def test_values_are_read_as_yaml_and_text_as_it_stands(capsys: pytest.CaptureFixture[str]):
+    argv = ["--steps", "20", "--optimizer.lr", "3e-5", "--model.lora.targets", "[to_q,to_k]", "--sampler.guidance=4.5"]
+    argv += ["--optimizer.betas", "[0.5, 0.75]", "--prompts-per-step=4", "--output-dir", "2026-01-31"]
+    argv += ["--reward", "my reward.py:score", "--optimizer.eps", "1.0e-6", "--model.path", "007", "--steps", "21"]
+    config = resolved(argv, capsys)
+    assert config.steps == 21
+    assert config.optimizer.lr == 3e-5
+    assert config.optimizer.eps == 1e-6
+    assert config.model.lora.targets == ("to_q", "to_k")
+    assert config.sampler.guidance == 4.5
+    assert config.optimizer.betas == (0.5, 0.75)
+    assert config.prompts_per_step == 4
+    assert config.output_dir == "2026-01-31"
+    assert config.reward == "my reward.py:score"
+    assert config.model.path == "007"
+
+
+def test_the_recipe_may_stand_anywhere_among_the_options(capsys: pytest.CaptureFixture[str]):
+    first = resolved(["my.yaml", "--seed", "5"], capsys)
+    assert first == resolved(["--seed", "5", "my.yaml"], capsys)
+    assert (first.steps, first.seed) == (20, 5)
+
+
+def test_without_a_recipe_the_packaged_world_is_taken(trained: list[tuple[Config, dict[str, Any]]]):
+    assert main(["train"]) == 0
+    assert trained == [(resolve(load_yaml(RECIPES / "world.yaml")), {"resume": None, "overwrite": False})]
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_packaged_recipe_resolves_by_name(recipe: Path, capsys: pytest.CaptureFixture[str]):
+    assert resolved([recipe.stem], capsys) == resolve(load_yaml(recipe))
+
+
+@pytest.mark.parametrize("resume", [["--resume", "latest", "--output-dir", "run"], ["--resume", "run/checkpoint-2"]])
+def test_a_resumed_run_takes_its_own_config_and_stays_in_its_folder(
+    resume: list[str], trained: list[tuple[Config, dict[str, Any]]]
+):
+    assert main(["train", *resume, "--steps=9"]) == 0
+    [(config, options)] = trained
+    assert config == resolve({"steps": 9, "optimizer": {"lr": 0.5}, "output_dir": "run"})
+    assert options == {"resume": resume[1], "overwrite": False}
+
+
+def test_a_run_is_resumed_from_the_default_folder_and_by_its_recipe(
+    folder: Path, trained: list[tuple[Config, dict[str, Any]]]
+):
+    (folder / "runs").mkdir()
+    (folder / "run").rename("runs/latest")
+    assert main(["train", "--resume", "latest"]) == 0
+    assert main(["train", "my.yaml", "--resume", "latest"]) == 0
+    own, by_recipe = (config for config, _ in trained)
+    assert (own.steps, own.optimizer.lr, own.output_dir) == (3, 0.5, "runs/latest")
+    assert (by_recipe.steps, by_recipe.optimizer.lr, by_recipe.output_dir) == (20, 3e-4, "runs/latest")
+
+
+def test_overwrite_is_passed_on(trained: list[tuple[Config, dict[str, Any]]]):
+    assert main(["train", "my.yaml", "--overwrite"]) == 0
+    assert [options for _, options in trained] == [{"resume": None, "overwrite": True}]
+
+
+# ---------------------------------------------------------------- dry run
+
+GUIDED = {  # 50 rollouts x 3 explored of 8 steps, everything twice, and a fourth pass for the KL
+    "algorithm": "aegpo",
+    "steps": 7,
+    "prompts_per_step": 4,
+    "rollouts_per_step": 50,
+    "sampler": {"steps": 8, "guidance": 4.5},
+    "exploration": {"k": 3},
+    "loss": {"kl": 0.04},
+    "optimizer": {"updates": 4, "micro_batch": 37},  # 150 rows as 38 + 38 + 37 + 37
+}
+PLAIN = {  # no probe: uniform, and all steps but the last
+    "algorithm": "flow-grpo",
+    "steps": 10,
+    "prompts_per_step": 6,
+    "rollouts_per_step": 24,
+    "sampler": {"steps": 5},
+    "loss": {"kl": 0},
+}
+PROBED = {"algorithm": "flow-grpo", "steps": 3, "exploration": {"rule": "delta_entropy_peaks", "k": 2}}
+SPLIT = {
+    "algorithm": "flow-grpo",
+    "steps": 1,
+    "allocation": {"rule": "median_split"},
+    "exploration": {"rule": "window"},
+}
+ROWS = ("rollouts", "explored steps", "rows", "optimizer updates", "micro-batches")
+COSTS = ("sampling evaluations", "probe evaluations", "training evaluations", "evaluations a step", "base probe")
+TOTALS = ("evaluations in all", "base probes in all")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rows", "costs", "totals"),
+    [
+        (GUIDED, (50, 3, 150, 4, 6), (800, 64, 1200, 2064, 64), (14_448, 448)),
+        (PLAIN, (24, 4, 96, 2, 2), (120, 0, 288, 408, 0), (4_080, 0)),
+        (PROBED, (96, 2, 192, 2, 4), (960, 80, 768, 1808, 80), (5_424, 240)),
+        (SPLIT, (96, 4, 384, 2, 8), (960, 80, 1536, 2576, 80), (2_576, 80)),
+    ],
+    ids=["guided", "plain", "probed", "split"],
+)
+def test_the_dry_run_counts_what_a_step_costs(
+    recipe: dict[str, Any],
+    rows: tuple[int, ...],
+    costs: tuple[int, ...],
+    totals: tuple[int, ...],
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert main(["train", "recipe.yaml", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    numbers = {
+        line[2:25].strip(): int(line.split()[-1].replace(",", "")) for line in out.splitlines() if line[:1] == "#"
+    }
+    expected = (*rows, *costs, *totals)
+    assert numbers == dict(zip((*ROWS, *COSTS, *TOTALS), expected, strict=True))
+
+
+def test_what_the_dry_run_prints_is_a_recipe_of_the_same_run(folder: Path, capsys: pytest.CaptureFixture[str]):
+    before = sorted(folder.rglob("*"))
+    assert main(["train", "my.yaml", "--loss.kl", "0.01", "--dry-run"]) == 0
+    assert sorted(folder.rglob("*")) == before
+    (folder / "again.yaml").write_text(capsys.readouterr().out)
+    assert resolved(["again.yaml"], capsys) == resolve({"steps": 20, "loss": {"kl": 0.01}})
+
+
+# ---------------------------------------------------------------- help, and how fast it comes
+
+
+def test_the_help_of_train_lists_every_setting_with_its_default(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert not stop.value.code
+    page = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    entries = {text.split()[0]: text for text in page.split(" --") if text.strip()}
+    for name in settings():
+        default: Any = Config()
+        for key in name.split("."):
+            default = getattr(default, key)
+        shown = f"'[{', '.join(map(str, default))}]'" if isinstance(default, tuple) else default
+        assert f"(default: {shown})" in entries[name]
+    assert "Classifier-free guidance" in entries["sampler.guidance"]
+    assert {"dry-run", "resume", "overwrite"} <= set(entries)
+
+
+@pytest.mark.parametrize("command", ["sample", "eval", "report", "world"])
+def test_every_small_command_has_a_help_page(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert not stop.value.code
+    assert f"usage: aegpo {command}" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert f"aegpo {command} " in capsys.readouterr().out
+
+
+def imported(argv: list[str]) -> set[str]:
+    """The packages that a fresh interpreter holds after a command."""
+    program = "import sys; from aegpo.cli import main; code = main(sys.argv[1:]); print(*sys.modules); sys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True)
+    assert done.returncode in (0, 2)
+    return {name.partition(".")[0] for name in done.stdout.splitlines()[-1].split()}
+
+
+HEAVY = {"torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "scipy", "matplotlib", "PIL"}
+
+
+def test_help_imports_the_standard_library_only():
+    assert not imported(["--help"]) & (HEAVY | {"pydantic", "tyro", "yaml", "rich"})
+
+
+@pytest.mark.parametrize("argv", [["train", "--dry-run"], ["train", "--stesp"], ["sample", "nothing", *PNG]])
+def test_a_dry_run_and_a_refusal_import_nothing_heavy(argv: list[str]):
+    assert not imported(argv) & HEAVY
+
+
+def test_the_installed_command_answers_at_once():
+    script = Path(sys.executable).with_name("aegpo")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([script, "--help"], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert 'aegpo sample RUN --prompt "a red circle above a blue square" --out x.png' in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.25
+
+
+def test_the_module_refuses_in_one_line_and_exits_with_2():
+    done = subprocess.run([sys.executable, "-m", "aegpo.cli", "train", "--sed", "1"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "aegpo: command line: sed is not a setting; did you mean seed?\n"
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    end, start = os.pipe()
+    os.close(end)
+    with os.fdopen(start, "wb") as pipe:
+        command = [sys.executable, "-m", "aegpo.cli", "train", "--help"]
+        done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,261 @@
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aegpo import config as configuration
+from aegpo.algorithms import ALGORITHMS
+from aegpo.config import Config, dump_yaml, load_yaml, merge, resolve
+
+COUNTS = st.integers(1, 10**6)
+POSITIVE = st.floats(1e-30, 1e30)
+FRACTIONS = st.floats(0, 1, exclude_max=True)
+TEXT = st.text(st.characters(blacklist_categories=["Cs"]))
+CHOICES = st.fixed_dictionaries(
+    {},
+    optional={
+        "algorithm": st.sampled_from(sorted(ALGORITHMS)),
+        "reward": TEXT,  # yes, 1e3, null, "- a": what YAML would not read as text if it stood bare
+        "output_dir": st.sampled_from(["no", "1_000", "2026-01-31", "~", "3e4", "a: b", "é\n#"]),
+        "seed": st.integers(0, 2**64),
+        "model": st.fixed_dictionaries(
+            {
+                "train": st.sampled_from(["lora", "full"]),
+                "lora": st.fixed_dictionaries({"targets": st.lists(TEXT, max_size=3), "rank": COUNTS}),
+            }
+        ),
+        "optimizer": st.fixed_dictionaries(
+            {"lr": POSITIVE, "betas": st.tuples(FRACTIONS, FRACTIONS), "updates": COUNTS}
+        ),
+        "advantage": st.fixed_dictionaries({"clip": POSITIVE, "eps": FRACTIONS}),
+        "sampler": st.fixed_dictionaries({"steps": st.integers(5, 50), "guidance": st.floats(0, 1e3)}),
+    },
+)
+
+
+def complaint(*layers: dict[str, Any]) -> str:
+    with pytest.raises(ValueError) as caught:
+        resolve(*layers)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def nested(name: str, value: Any) -> dict[str, Any]:
+    for key in reversed(name.split(".")):
+        value = {key: value}
+    return value
+
+
+# ---------------------------------------------------------------- to YAML and back
+
+
+@settings(max_examples=100, deadline=None)
+@given(CHOICES)
+def test_a_dumped_config_is_a_recipe_of_the_same_config(
+    tmp_path_factory: pytest.TempPathFactory, layer: dict[str, Any]
+):
+    path = tmp_path_factory.getbasetemp() / "config.yaml"
+    config = resolve(layer)
+    path.write_text(dump_yaml(config), encoding="utf-8")
+    again = load_yaml(path)
+    assert resolve(again) == config
+    assert resolve({"algorithm": "flow-grpo"}, again) == config  # complete: nothing is left to what lies below
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"- steps\n", "must hold settings such as 'steps: 100', not a list"),
+        (b"steps\n", "must hold settings such as 'steps: 100', not a str"),
+        (b"steps: [1\n", "cannot be read: .*line 2"),
+        (b"reward: \xe9\n", "cannot be read: .*utf-8"),
+        (b"seed: !!python/object:os.system 1\n", "cannot be read: .*could not determine a constructor"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_by_name(content: bytes, expected: str, tmp_path: Path):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^recipe {path} {expected}") as caught:
+        load_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_empty_recipe_is_all_defaults_and_a_missing_one_is_refused(tmp_path: Path):
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert resolve(load_yaml(tmp_path / "empty.yaml")) == resolve()
+    with pytest.raises(ValueError, match=r"none\.yaml does not exist"):
+        load_yaml(tmp_path / "none.yaml")
+
+
+# ---------------------------------------------------------------- layers
+
+
+def test_merge_replaces_values_keeps_neighbours_and_changes_nothing_given():
+    below, above = {"a": {"b": 1, "c": [1]}, "d": 1}, {"a": {"c": [2]}, "d": {"e": 3}}
+    assert merge(below, above) == {"a": {"b": 1, "c": [2]}, "d": {"e": 3}}
+    assert (below, above) == ({"a": {"b": 1, "c": [1]}, "d": 1}, {"a": {"c": [2]}, "d": {"e": 3}})
+
+
+@pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
+def test_the_algorithm_lies_over_the_defaults_and_under_everything_given(algorithm: str):
+    config = resolve({"algorithm": algorithm})
+    expected = merge(dataclasses.asdict(Config()), ALGORITHMS[algorithm], {"algorithm": algorithm})
+    assert dataclasses.asdict(config) == expected
+    assert resolve({"optimizer": {"updates": 7}}, {"algorithm": algorithm}).optimizer.updates == 7
+
+
+def test_the_named_settings_of_other_tools_exist():
+    names = """model.path model.family model.lora.rank prompts.train prompts.eval reward algorithm
+        allocation.rule exploration.rule prompts_per_step rollouts_per_step sampler.steps sampler.kind sampler.eta
+        steps seed optimizer.lr eval_every save_every output_dir"""
+    assert set(names.split()) <= set(configuration.settings())
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        ({"stesp": 1}, "stesp is not a setting; did you mean steps?"),
+        ({"optimizer": {"lrr": 1}}, "optimizer.lrr is not a setting; did you mean optimizer.lr?"),
+        ({"model": {"lora": {"rnak": 1}}}, "model.lora.rnak is not a setting; did you mean model.lora.rank?"),
+        ({1: 2}, "1 is not a setting"),
+        ({"lr": 1}, "lr is not a setting; did you mean optimizer.lr?"),
+        ({"loss": {"eps": 1}}, "loss.eps is not a setting; did you mean advantage.eps or optimizer.eps?"),
+        ({"algorithm": "aegop"}, "algorithm: 'aegop' is not one of flow-grpo, aegpo; did you mean aegpo?"),
+        ({"algorithm": ["aegpo"]}, "algorithm: ['aegpo'] is not one of flow-grpo, aegpo"),
+        ({"sampler": {"kind": "ddim"}}, "sampler.kind: input should be 'flow_sde', 'dance_sde' or 'cps', got 'ddim'"),
+        ({"optimizer": None}, "optimizer is a group of settings (lr, betas,"),
+        ({"model": {"lora": 3}}, "model.lora is a group of settings (rank, alpha, targets), not 3"),
+    ],
+)
+def test_a_misspelt_name_is_refused_with_the_one_meant(layer: dict[Any, Any], expected: str):
+    assert complaint(layer).startswith(expected)
+
+
+def test_a_wrong_layer_is_refused_even_where_a_later_one_covers_it():
+    assert complaint({"optimizer": 3}, {"optimizer": {"lr": 1}}).startswith("optimizer is a group of settings")
+
+
+def numeric(kind: type) -> list[str]:
+    """The dotted names of the settings that hold one number of this kind."""
+    found = []
+    for name in configuration.settings():
+        owner: Any = Config
+        *groups, last = name.split(".")
+        for group in groups:
+            owner = get_type_hints(owner)[group]
+        if get_type_hints(owner)[last] is kind:
+            found.append(name)
+    return found
+
+
+INTEGERS = numeric(int)
+FLOATS = numeric(float)
+
+
+def test_the_settings_are_sorted_into_kinds_as_expected():
+    assert {"steps", "seed", "model.lora.rank", "exploration.k", "prompts_per_step"} <= set(INTEGERS)
+    assert {"optimizer.lr", "sampler.eta", "loss.kl", "optimizer.ema"} <= set(FLOATS)
+
+
+@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize("value", [True, 2.5, 4.0, "8", "many", None, [8], -1])
+def test_a_count_is_a_whole_number_and_not_negative(name: str, value: Any):
+    assert complaint(nested(name, value)).startswith(f"{name}: input should be ")
+    assert complaint(nested(name, value)).endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [True, "fast", None, [0.1], float("nan"), float("inf"), -0.5])
+def test_a_number_is_finite_and_not_negative(name: str, value: Any):
+    assert complaint(nested(name, value)).startswith(f"{name}: input should be ")
+    assert complaint(nested(name, value)).endswith(f", got {value!r}")
+
+
+@pytest.mark.parametrize("name", ["reward", "model.path", "output_dir", "prompts.train"])
+@pytest.mark.parametrize("value", [5, True, None, ["world"]])
+def test_text_is_text(name: str, value: Any):
+    assert complaint(nested(name, value)) == f"{name}: input should be a valid string, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("name", "refused", "allowed"),
+    [
+        ("steps", -1, 0),
+        ("prompts_per_step", 0, 1),
+        ("rollouts_per_step", 1, 16),
+        ("eval_every", -1, 0),
+        ("save_every", 0, 1),
+        ("allocation.low", 1, 2),
+        ("sampler.steps", 1, 5),
+        ("optimizer.micro_batch", 0, 1),
+        ("optimizer.lr", 0, 1e-12),
+        ("optimizer.ema", 1, 0.999),
+        ("optimizer.weight_decay", -1e-9, 0),
+        ("optimizer.betas", [0.9, 1.0], [0, 0]),
+        ("optimizer.betas", [0.9], [0.9, 0.99]),
+    ],
+)
+def test_the_edge_of_a_range(name: str, refused: Any, allowed: Any):
+    assert complaint(nested(name, refused)).startswith(f"{name}")
+    resolve(nested(name, allowed))
+
+
+def test_a_learning_rate_as_yaml_reads_it_without_a_dot_is_a_number(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("optimizer: {lr: 3e-4}\n")
+    assert load_yaml(tmp_path / "a.yaml") == {"optimizer": {"lr": "3e-4"}}  # YAML 1.1
+    assert resolve(load_yaml(tmp_path / "a.yaml")).optimizer.lr == 0.0003
+
+
+def test_groups_of_one_are_refused_and_groups_of_two_are_not():
+    said = complaint({"prompts_per_step": 8, "rollouts_per_step": 15})
+    assert said.startswith("rollouts_per_step: 15 rollouts for 8 prompts leave groups of one")
+    assert said.endswith("at least 16")
+    assert resolve({"prompts_per_step": 8, "rollouts_per_step": 16}).rollouts_per_step == 16
+
+
+@pytest.mark.parametrize("rule", ["window", "random", "entropy_peaks", "delta_entropy_peaks"])
+def test_all_steps_but_the_last_can_be_explored(rule: str):
+    layer = {"sampler": {"steps": 6}, "exploration": {"rule": rule, "k": 5}}
+    assert resolve(layer).exploration.k == 5
+    said = complaint(layer, {"exploration": {"k": 6}})
+    assert said.startswith("exploration.k: 6 steps to explore, but only the first 5 of 6 can be")
+
+
+def test_k_is_ignored_where_all_steps_explore():
+    assert resolve({"sampler": {"steps": 2}, "exploration": {"rule": "all", "k": 40}}).sampler.steps == 2
+
+
+@pytest.mark.parametrize("rule", ["random", "entropy_peaks", "delta_entropy_peaks"])
+def test_peaks_must_fit_with_their_distance(rule: str):
+    layer = {"sampler": {"steps": 8}, "exploration": {"rule": rule, "k": 3, "min_distance": 3}}
+    assert resolve(layer).exploration.min_distance == 3  # steps 0, 3 and 6 of 0..6
+    said = complaint(layer, {"exploration": {"min_distance": 4}})
+    assert said == "exploration.min_distance: 3 steps to explore do not fit 4 apart into the first 7 of 8"
+
+
+def test_low_above_high_is_refused_where_it_is_used():
+    layer = {"allocation": {"rule": "median_split", "low": 17, "high": 16}}
+    assert complaint(layer) == "allocation.low: 17 is above allocation.high, 16"
+    assert resolve(layer, {"allocation": {"rule": "uniform"}}).allocation.low == 17
+
+
+@pytest.mark.parametrize("name", configuration.settings())
+def test_a_config_is_frozen(name: str):
+    owner: Any = resolve()
+    *groups, last = name.split(".")
+    for group in groups:
+        owner = getattr(owner, group)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(owner, last, getattr(owner, last))
+
+
+def test_every_choice_of_a_rule_is_accepted():
+    for group in ("allocation", "exploration"):
+        for rule in get_args(get_type_hints(get_type_hints(Config)[group])["rule"]):
+            assert getattr(resolve({group: {"rule": rule}}), group).rule == rule
