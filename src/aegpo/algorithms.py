@@ -12,7 +12,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "loss": {"clip_low": 1e-4, "clip_high": 1e-4, "kl": 0.04},
         "optimizer": {"updates": 2, "ema": 0.9, "ema_every": 8},
     },
-    # AEGPO, arXiv 2602.06825, on Flow-GRPO: attention entropy says which prompts get more rollouts, and which steps explore.
+    # AEGPO on Flow-GRPO, arXiv 2602.06825: attention entropy says which prompts get more rollouts, and which steps.
     "aegpo": {
         "sampler": {"kind": "flow_sde", "eta": 0.7},
         "allocation": {"rule": "median_split", "low": 8, "high": 16},

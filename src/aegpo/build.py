@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -162,7 +161,9 @@ def _refuse_existing(folder: Path, overwrite: bool) -> None:
 def _resume_point(folder: Path, resume: str) -> Path:
     if resume != "latest":
         if not Path(resume).is_dir():
-            raise ValueError(f"--resume: {resume} is not a checkpoint folder; give 'latest' or a path such as {folder}/checkpoint-10")
+            raise ValueError(
+                f"--resume: {resume} is not a checkpoint folder; give 'latest' or a path such as {folder}/checkpoint-10"
+            )
         return Path(resume)
     found = checkpoint.checkpoints(folder)
     if not found:

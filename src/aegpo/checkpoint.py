@@ -90,7 +90,7 @@ def load(
 
 
 def load_weights(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
-    """Read only the policy's weights, averaged if the run averages; raises ValueError when the checkpoint is damaged."""
+    """Read only the policy's weights, averaged if the run averages; a damaged checkpoint is a ValueError."""
     verify(folder)
     average = folder / "average.safetensors"
     saved = load_file(average if average.exists() else folder / "weights.safetensors")

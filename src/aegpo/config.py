@@ -1,4 +1,4 @@
-"""Every setting of a run: frozen dataclasses, validated by pydantic. Imports neither torch nor anything of ours but the algorithms.
+"""Every setting of a run: frozen dataclasses, validated by pydantic; nothing heavy is imported.
 
 A config is laid in layers, the later over the earlier: the defaults below, the algorithm's own choices
 (`algorithms.ALGORITHMS`), a recipe file, the command line.
@@ -104,7 +104,8 @@ class Exploration:
     """At which denoising steps a rollout explores, and is trained (arXiv 2602.06825)."""
 
     rule: Literal["all", "window", "random", "entropy_peaks", "delta_entropy_peaks"] = "all"
-    """`all` but the last; the first k (`window`); k drawn for each prompt (`random`); the k highest of H(t), or of |H(t) - H_base(t)|."""
+    """`all` but the last; the first k (`window`); k drawn for each prompt (`random`); or, for each prompt, the k
+    highest of H(t) (`entropy_peaks`) or of |H(t) - H_base(t)| (`delta_entropy_peaks`)."""
     k: Count = 4
     """How many steps a prompt explores; ignored by `all`."""
     min_distance: Count = 1
@@ -277,7 +278,7 @@ def _check_budget(config: Config) -> None:
     )
     if rollouts < 2 * prompts:
         raise ValueError(
-            f"rollouts_per_step: {rollouts} rollouts for {prompts} prompts leave groups of one, which have no advantage; "
+            f"rollouts_per_step: {rollouts} rollouts for {prompts} prompts leave groups of one, without an advantage; "
             f"ask for at least {2 * prompts}"
         )
     if config.allocation.rule == "median_split" and low > high:

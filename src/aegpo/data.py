@@ -53,9 +53,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
 def _prompts(rows: list[dict[str, Any]], where: str) -> list[Prompt]:
     if not rows:
         raise ValueError(f"{where} holds no prompt; write one a line")
-    return [
-        Prompt(i, row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for i, row in enumerate(rows)
-    ]
+    return [Prompt(i, row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for i, row in enumerate(rows)]
 
 
 def draw(prompts: list[Prompt], count: int, seed: int, step: int) -> list[Prompt]:

@@ -36,12 +36,15 @@ class Display:
         self.bars.stop()
 
     def begin(self, what: str, total: int) -> None:
+        """A phase begins: so many pieces of this work lie ahead."""
         self.bars.reset(self.phase, total=total, description=what, visible=True)
 
     def advance(self, count: int) -> None:
+        """So many of them are done."""
         self.bars.advance(self.phase, count)
 
     def step(self, metrics: dict[str, Any]) -> None:
+        """A training step, or an evaluation, is over."""
         now, (then, forwards) = time.monotonic(), self._before
         self._before = (now, metrics["forwards"])
         pace = (metrics["forwards"] - forwards) / max(now - then, 1e-9)

@@ -1,6 +1,6 @@
 """Drawing images: the probe's noiseless ones, the rollouts that explore, and those of an evaluation.
 
-Noise is keyed by what it is for, never by where it stands in a batch: the same rollout gets the same noise in any batch.
+Noise is keyed by what it is for, never by where it stands in a batch: a rollout gets the same noise in any batch.
 """
 
 from collections.abc import Callable, Sequence
@@ -99,7 +99,7 @@ def collect(
 def draw(
     model: Denoiser, prompts: Sequence[Prompt], sampler: Sampler, *, seed: int, images: int, batch: int
 ) -> np.ndarray:
-    """`images` pictures of every prompt by ODE, from noise that is always the same; uint8 (prompts x images, H, W, 3)."""
+    """`images` pictures of every prompt by ODE, always from the same noise; uint8 (prompts x images, H, W, 3)."""
     pictures = []
     wanted = torch.arange(len(prompts)).repeat_interleave(images)
     for part in torch.arange(len(wanted)).split(batch):

@@ -122,7 +122,9 @@ def train(
             batch=config.optimizer.micro_batch,
             progress=display.advance,
         )
-        judged = reward(rollouts.images, [texts[i] for i in rollouts.group], [batch[i].metadata for i in rollouts.group])
+        judged = reward(
+            rollouts.images, [texts[i] for i in rollouts.group], [batch[i].metadata for i in rollouts.group]
+        )
         scores = torch.from_numpy(judged.score)
         advantage = group_advantages(
             *(scores, rollouts.group),
@@ -194,8 +196,8 @@ def update(
 ) -> dict[str, Any]:
     """Shuffle the rows of all prompts and timesteps, deal them to the optimizer steps, and take those.
 
-    A group whose rewards are all equal has no advantage and teaches nothing: its rows are left out before the forward. The
-    loss is the mean over all rows, those too.
+    A group whose rewards are all equal has no advantage and teaches nothing: its rows are left out before the forward.
+    The loss is the mean over all rows, those too.
     """
     share = len(rows) / config.optimizer.updates
     rows = rows[rows.advantage != 0]
@@ -244,9 +246,7 @@ def objective(config: Config, model: Denoiser, rows: Transitions, conditions: Co
 
     mean, std = transition_mean()
     current = log_prob(rows.x_next, mean, std)
-    loss = clipped_surrogate(
-        current, rows.log_prob, rows.advantage, config.loss.clip_low, config.loss.clip_high
-    )
+    loss = clipped_surrogate(current, rows.log_prob, rows.advantage, config.loss.clip_low, config.loss.clip_high)
     log_ratio = (current - rows.log_prob).detach()
     ratio = log_ratio.exp()
     metrics = {

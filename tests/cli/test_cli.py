@@ -307,6 +307,12 @@ def test_overwrite_is_passed_on(trained: list[tuple[Config, dict[str, Any]]]):
     assert [options for _, options in trained] == [{"resume": None, "overwrite": True}]
 
 
+def test_report_says_where_it_wrote_the_report(capsys: pytest.CaptureFixture[str]):
+    assert main(["report", "run"]) == 0
+    assert capsys.readouterr().out == f"{Path('run/report.html')}\n"
+    assert "<html" in Path("run/report.html").read_text()
+
+
 # ---------------------------------------------------------------- dry run
 
 GUIDED = {  # 50 rollouts x 3 explored of 8 steps, everything twice, and a fourth pass for the KL

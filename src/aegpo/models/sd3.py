@@ -44,19 +44,20 @@ class SD3:
 
         config = self.transformer.config
         side = settings.resolution // pipe.vae_scale_factor or config.sample_size
-        if settings.resolution % (pipe.vae_scale_factor * config.patch_size):
-            raise ValueError(
-                f"model.resolution: {settings.resolution} is not a multiple of {pipe.vae_scale_factor * config.patch_size}"
-            )
+        patch = pipe.vae_scale_factor * config.patch_size
+        if settings.resolution % patch:
+            raise ValueError(f"model.resolution: {settings.resolution} is not a multiple of {patch} pixels")
         self.latent_shape = (config.in_channels, side, side)
         self.image_tokens = (side // config.patch_size) ** 2
 
     @property
     def device(self) -> torch.device:
+        """Where the transformer is."""
         return self.transformer.device
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditions:
+        """Both CLIP encoders, and T5 where the pipeline has one."""
         embeds, _, pooled, _ = self.pipe.encode_prompt(
             [*prompts, ""],
             None,
@@ -68,9 +69,11 @@ class SD3:
         return Conditions(embeds[:-1], pooled[:-1], embeds[-1:], pooled[-1:])
 
     def sigmas(self, steps: int) -> Tensor:
+        """The schedule that diffusers gives this pipeline."""
         return schedules.sd3(steps, self.pipe.scheduler.config.shift)
 
     def predict(self, x: Tensor, sigma: Tensor, conditions: Conditions, prompt: Tensor, guidance: float) -> Tensor:
+        """One forward for a batch at any mixture of noise levels; guidance doubles it."""
         embeds, pooled = conditions.embeds[prompt], conditions.pooled[prompt]
         sigma = sigma.to(x).expand(len(x))
         if guidance == 1:
@@ -90,6 +93,7 @@ class SD3:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> np.ndarray:
+        """Through the VAE, as the pipeline's own call does it."""
         vae = self.pipe.vae
         pixels = vae.decode((x / vae.config.scaling_factor + vae.config.shift_factor).to(vae.dtype)).sample
         pixels = (pixels.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -97,6 +101,7 @@ class SD3:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
+        """Adapter off, or the frozen copy when all weights are trained."""
         policy = self.transformer
         try:
             if self.base is None:
@@ -111,6 +116,7 @@ class SD3:
                 self.transformer = policy
 
     def save(self, folder: Path) -> None:
+        """`pytorch_lora_weights.safetensors`, or the whole pipeline when all weights are trained."""
         if self.is_lora:
             weights, settings = lora_weights(self.transformer)
             self.pipe.save_lora_weights(

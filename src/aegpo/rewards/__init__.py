@@ -17,9 +17,7 @@ __all__ = ["Reward", "load"]
 class Reward(Protocol):
     """Judges n images; higher is better."""
 
-    def __call__(
-        self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-    ) -> Judgement:
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Judgement:
         """Judge uint8 images (n, H, W, 3)."""
         ...
 
@@ -72,11 +70,18 @@ def _checked(function: Callable[..., Any], name: str) -> Reward:
 
     def reward(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Judgement:
         answer = function(images, prompts, metadata) if takes_metadata else function(images, prompts)
-        score = np.asarray(answer, dtype=np.float32)
+        try:
+            score = np.asarray(answer, dtype=np.float32)
+        except (TypeError, ValueError):
+            raise ValueError(f"reward {name} returned something that is not numbers: {answer!r:.80}") from None
         if score.shape != (len(images),):
-            raise ValueError(f"reward {name} returned shape {score.shape} for {len(images)} images; one number each is due")
+            raise ValueError(
+                f"reward {name} returned shape {score.shape} for {len(images)} images; one number each is due"
+            )
         if not np.isfinite(score).all():
-            raise ValueError(f"reward {name} returned {score[~np.isfinite(score)][0]} for an image; numbers must be finite")
+            raise ValueError(
+                f"reward {name} returned {score[~np.isfinite(score)][0]} for an image; numbers must be finite"
+            )
         return Judgement(score)
 
     return reward

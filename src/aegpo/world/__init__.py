@@ -20,7 +20,7 @@ def path() -> Path:
 
 
 def training() -> list[dict[str, Any]]:
-    """The training prompts with their metadata: `prompt`, `task`, `objects` ([shape, colour or None] each), `relation`."""
+    """The training prompts: `prompt`, `task`, `objects` ([shape, colour or None] each), `relation`."""
     return _prompts("train")
 
 

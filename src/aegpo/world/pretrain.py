@@ -2,8 +2,8 @@
 
     aegpo world pretrain OUT
 
-The base is meant to be *half good*: it draws every shape and colour, but binds, counts and places them only sometimes, so
-that reinforcement learning has something to teach. How good it is is set by the number of steps.
+The base is meant to be *half good*: it draws every shape and colour, but binds, counts and places them only
+sometimes, so that reinforcement learning has something to teach. The number of steps decides how good it is.
 """
 
 import json
@@ -31,7 +31,9 @@ TEXT_TOKENS = 20
 LATENT_CHANNELS = 4
 
 
-def pretrain(output: Path, steps: int = 12_000, vae_steps: int = 1500, scene_count: int = 100_000, seed: int = 0) -> None:
+def pretrain(
+    output: Path, steps: int = 12_000, vae_steps: int = 1500, scene_count: int = 100_000, seed: int = 0
+) -> None:
     """Train the embedded model and save it as a diffusers pipeline folder in half precision.
 
     Args:
@@ -108,7 +110,7 @@ def build_pipeline(folder: Path) -> StableDiffusion3Pipeline:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the world is one token: byte-pair merges learned on the words themselves."""
+    """A CLIP tokenizer in which every word of the world is one token: byte-pair merges are learned on the words."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in sorted(scenes.words())]
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *sorted({piece for word in spelled for piece in word})]
     merges = []
@@ -241,7 +243,9 @@ def _with_weights(pipe: StableDiffusion3Pipeline, average: AveragedModel) -> Sta
     copy.vae.register_to_config(
         shift_factor=pipe.vae.config.shift_factor, scaling_factor=pipe.vae.config.scaling_factor
     )
-    nn.ModuleList([copy.transformer, copy.text_encoder, copy.text_encoder_2]).load_state_dict(average.module.state_dict())
+    nn.ModuleList([copy.transformer, copy.text_encoder, copy.text_encoder_2]).load_state_dict(
+        average.module.state_dict()
+    )
     return copy
 
 

@@ -12,7 +12,7 @@ TRAIN, HELD_OUT = 100, 24  # prompts a task
 
 
 def prompt_sets(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and held-out prompts, disjoint in wording; where a task has requests enough, in what they ask for, too."""
+    """Training and held-out prompts, disjoint in wording and, where a task has requests enough, in what they ask."""
     rng = np.random.default_rng(seed)
     train: list[dict[str, Any]] = []
     held: list[dict[str, Any]] = []
@@ -22,7 +22,9 @@ def prompt_sets(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any
             request = scenes.random_request(rng, task)
             rows.setdefault(scenes.write(request, rng), request)
         requests = sorted(set(rows.values()), key=repr)
-        kept = {requests[i] for i in rng.permutation(len(requests))[: len(requests) // 5]} if len(requests) > 20 else set()
+        kept = (
+            {requests[i] for i in rng.permutation(len(requests))[: len(requests) // 5]} if len(requests) > 20 else set()
+        )
         pool = {p: r for p, r in rows.items() if r in kept} if kept else dict(list(rows.items())[: len(rows) // 4])
         rest = {p: r for p, r in rows.items() if p not in pool and r not in kept}
         for target, source, count in ((held, pool, HELD_OUT), (train, rest, TRAIN)):

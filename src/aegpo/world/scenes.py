@@ -1,7 +1,7 @@
 """The embedded world's language and its pictures: what a prompt asks for, and how such a scene is drawn.
 
-A `Request` is what a prompt asks for (shapes, perhaps colours, perhaps a relation); a `Scene` is one concrete picture that
-grants it. The six tasks are GenEval's (arXiv 2310.11513) in miniature.
+A `Request` is what a prompt asks for (shapes, perhaps colours, perhaps a relation); a `Scene` is one concrete picture
+that grants it. The six tasks are GenEval's (arXiv 2310.11513) in miniature.
 """
 
 import re
@@ -142,8 +142,8 @@ def words() -> frozenset[str]:
 def random_request(rng: np.random.Generator, task: str | None = None) -> Request:
     """A request drawn uniformly from one task; from a random mixture of all when `task` is None.
 
-    The mixture also holds what the six tasks leave out (a position with colours, a number with a colour), so that a model
-    trained on it knows the whole language.
+    The mixture also holds what the six tasks leave out (a position with colours, a number with a colour), so that a
+    model trained on it knows the whole language.
     """
     mixed = task is None
     task = task or TASKS[rng.integers(len(TASKS))]
@@ -169,7 +169,7 @@ def random_request(rng: np.random.Generator, task: str | None = None) -> Request
 
 
 def related(a: tuple[float, float], b: tuple[float, float], relation: str, margin: float = 4.0) -> bool:
-    """Whether the centre `a` stands to the centre `b` (x, y in pixels) as the relation says, by at least `margin`."""
+    """Whether centre `a` stands to centre `b` (x, y in pixels) as the relation says, by at least `margin`."""
     dx, dy = a[0] - b[0], a[1] - b[1]
     match relation:
         case "above":

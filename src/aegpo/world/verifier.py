@@ -19,7 +19,7 @@ _PALETTE = np.float32(list(COLORS.values()))
 
 @dataclass(frozen=True)
 class Found:
-    """One object seen in a picture, by the centre of its box; `shape` or `color` is None where no rule recognises it."""
+    """One object seen in a picture, at the centre of its box; what no rule recognises is None."""
 
     shape: str | None
     color: str | None
@@ -79,8 +79,8 @@ def _templates(height: int, width: int, supersample: int = 8) -> np.ndarray:
 def score(found: list[Found], request: Request) -> float:
     """How far the objects grant the request, in [0, 1]; exactly 1 when they grant it and show nothing else.
 
-    Each requested object is paired with at most one found object (the best pairing counts): 1 for the right shape when no
-    colour is asked for, else half for the shape and half for the colour. The sum is divided by the larger of the two
+    Each requested object is paired with at most one found object (the best pairing counts): 1 for the right shape when
+    no colour is asked for, else half for the shape and half for the colour. The sum is divided by the larger of the two
     counts, so missing and surplus objects cost alike. A relation is worth the last 30 %.
     """
     wanted = request.objects
@@ -137,5 +137,7 @@ def verify(
         else parse(prompts[i])  # type: ignore[index]
         for i in range(len(images))
     ]
-    scores = np.array([score(detect(image), request) for image, request in zip(images, requests, strict=True)], "float32")
+    scores = np.array(
+        [score(detect(image), request) for image, request in zip(images, requests, strict=True)], "float32"
+    )
     return scores, scores > 1 - 1e-6

@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+
+from aegpo import rewards, world
+
+IMAGES = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+
+
+def own(tmp_path, body):
+    path = tmp_path / "my_reward.py"
+    path.write_text(f"import numpy as np\n{body}\n")
+    return f"{path}:score"
+
+
+def test_a_function_of_images_and_prompts(tmp_path):
+    reward = rewards.load(
+        own(tmp_path, "def score(images, prompts): return [len(p) + i.mean() for i, p in zip(images, prompts)]")
+    )
+    judged = reward(IMAGES, ["a", "bcd"], [{}, {}])
+    assert judged.score.tolist() == pytest.approx([1 + 23.5, 3 + 71.5])
+    assert judged.score.dtype == np.float32
+    assert judged.passed is None
+
+
+def test_a_function_that_wants_the_metadata(tmp_path):
+    reward = rewards.load(own(tmp_path, "def score(images, prompts, metadata): return [row['x'] for row in metadata]"))
+    assert reward(IMAGES, ["a", "b"], [{"x": 2}, {"x": -1}]).score.tolist() == [2, -1]
+
+
+def test_a_function_of_a_module_by_dotted_path():
+    assert rewards.load("numpy:ndim")
+    assert rewards.load("aegpo.world.verifier:detect")
+
+
+def test_the_world_reward_is_the_verifier():
+    row = world.held_out()[0]
+    picture = np.full((1, 32, 32, 3), 240, np.uint8)
+    judged = rewards.load("world")(picture, [row["prompt"]], [row])
+    assert judged.score.tolist() == [0.0]
+    assert judged.passed is not None
+    assert judged.passed.tolist() == [False]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def score(images, prompts): return [1.0]", r"returned shape \(1,\) for 2 images"),
+        ("def score(images, prompts): return np.ones((2, 1))", r"returned shape \(2, 1\)"),
+        ("def score(images, prompts): return [1.0, float('nan')]", "returned nan for an image"),
+        ("def score(images, prompts): return [1.0, float('inf')]", "returned inf for an image"),
+        ("def score(images, prompts): return ['good', 'bad']", "returned something that is not numbers"),
+        ("def score(images, prompts): return None", "returned"),
+    ],
+)
+def test_an_answer_that_is_no_answer(tmp_path, body, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.load(own(tmp_path, body))(IMAGES, ["a", "b"], [{}, {}])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pickscore2", "reward: 'pickscore2' is unknown"),
+        ("missing.py:score", "file missing.py does not exist"),
+        ("no_such_module_at_all:score", "cannot be imported"),
+        ("numpy:no_such_function", "has no function 'no_such_function'"),
+        ("numpy:pi", "has no function 'pi'"),
+    ],
+)
+def test_unknown_rewards(name, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.load(name)
+
+
+def test_a_file_that_is_not_python(tmp_path):
+    with pytest.raises(ValueError, match="is not valid Python: line 2"):
+        rewards.load(own(tmp_path, "def score(:"))

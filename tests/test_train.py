@@ -1,0 +1,315 @@
+"""The loop end to end on the embedded world: what must be exactly the same, and what must survive."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+from PIL import Image
+
+from aegpo import build, checkpoint, models, world
+from aegpo.cli import main
+from aegpo.config import Config, load_yaml, resolve
+from aegpo.train import make_plan, update
+from aegpo.types import Signals, Transitions
+
+SMALL = {
+    "steps": 3,
+    "prompts_per_step": 2,
+    "rollouts_per_step": 10,
+    "allocation": {"low": 3, "high": 7},
+    "sampler": {"steps": 4},
+    "exploration": {"k": 2},
+    "optimizer": {"micro_batch": 8},
+    "model": {"lora": {"rank": 4}},
+    "eval_every": 2,
+    "eval_images": 1,
+}
+
+
+@pytest.fixture(autouse=True)
+def few_held_out_prompts(tmp_path):
+    rows = world.held_out()[::24]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def config(tmp_path, name="run", **changes):
+    layer = {"prompts": {"eval": str(tmp_path / "few.jsonl")}, "output_dir": str(tmp_path / name)}
+    return resolve(SMALL, layer, changes)
+
+
+def metrics(run, without=("seconds",)):
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in without} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"algorithm": "flow-grpo"},
+        {"model": {"train": "full"}, "optimizer": {"ema": 0.5, "ema_every": 1}},
+        {"exploration": {"rule": "delta_entropy_peaks"}, "sampler": {"guidance": 2.0}},
+    ],
+    ids=["aegpo", "flow-grpo", "full-ema", "guided"],
+)
+def test_two_runs_are_the_same_to_the_bit_and_so_is_one_that_was_resumed(tmp_path, changes):
+    build.run(config(tmp_path, "one", **changes))
+    build.run(config(tmp_path, "two", **changes))
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+
+    build.run(config(tmp_path, "cut", **changes, steps=2) if "steps" not in changes else config(tmp_path, "cut"))
+    build.run(config(tmp_path, "cut", **changes), resume=str(tmp_path / "cut" / "checkpoint-1"))
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "cut")
+    one, cut = (tmp_path / name / "checkpoint-3" for name in ("one", "cut"))
+    for file in sorted(p.name for p in one.glob("*.safetensors")):
+        assert (one / file).read_bytes() == (cut / file).read_bytes(), file
+
+
+def test_another_seed_is_another_run(tmp_path):
+    build.run(config(tmp_path, "one", steps=1))
+    build.run(config(tmp_path, "two", steps=1, seed=1))
+    assert metrics(tmp_path / "one")[-1]["reward/mean"] != metrics(tmp_path / "two")[-1]["reward/mean"]
+
+
+def test_a_whole_run_by_the_command_line_and_what_it_leaves(tmp_path, capsys):
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(json.dumps(SMALL))
+    run = tmp_path / "run"
+    assert main(["train", str(recipe), "--prompts.eval", str(tmp_path / "few.jsonl"), "--output-dir", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "report:" in printed
+    assert "before" in printed
+
+    lines = metrics(run)
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [("eval/reward_mean" in line) for line in lines] == [True, False, True, True]
+    assert all(sum(line["allocation"]) == 10 == line["rollouts"] for line in lines[1:])
+    assert lines[1]["allocation"] == [5, 5]  # entropy has not moved before the first update
+    assert all(sorted(line["allocation"]) == [3, 7] for line in lines[2:])
+    assert all(sum(line["explored_steps"]) == 20 and line["explored_steps"][-1] == 0 for line in lines[1:])
+    assert all(line["ratio/first_error"] < 1e-5 for line in lines[1:])
+    assert resolve(load_yaml(run / "config.yaml")) == resolve(
+        SMALL, {"prompts": {"eval": str(tmp_path / "few.jsonl")}, "output_dir": str(run)}
+    )
+    for name in ("env.json", "README.md", "report.html", "samples/step-000000.png", "samples/step-000003.png"):
+        assert (run / name).stat().st_size > 0
+    assert sorted(p.name for p in run.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+    # forwards: by hand from the arithmetic of a step
+    held, probe, base = 6 * 4, 2 * 4, 2 * 4
+    step = probe + base + 10 * 4
+    rows = sum(line["rows"] for line in lines[1:]) * 3
+    assert lines[0]["forwards"] == held
+    assert lines[3]["forwards"] == 3 * held + 3 * step + rows
+
+    # the commands that read a run
+    assert main(["eval", str(run)]) == 0
+    value = float(capsys.readouterr().out.split()[1])
+    assert value == pytest.approx(lines[3]["eval/reward_mean"], abs=1e-3)
+    assert main(["report", str(run)]) == 0
+
+    # diffusers loads the weights, and draws the very picture that `aegpo sample` draws
+    out = tmp_path / "x.png"
+    prompt = "a red circle above a blue square"
+    assert main(["sample", str(run), "--prompt", prompt, "--out", str(out), "--seed", "5"]) == 0
+    pipe = StableDiffusion3Pipeline.from_pretrained(world.path(), text_encoder_3=None, tokenizer_3=None).to(
+        torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "max_sequence_length": 0, "output_type": "np"}
+    plain = pipe(prompt, generator=torch.Generator().manual_seed(5), **options).images[0]
+    pipe.load_lora_weights(run)
+    assert pipe.get_active_adapters()
+    tuned = pipe(prompt, generator=torch.Generator().manual_seed(5), **options).images[0]
+    assert (np.rint(tuned * 255) == np.asarray(Image.open(out))).all()
+    assert (plain != tuned).any()
+
+    # an existing run is never overwritten by chance
+    capsys.readouterr()
+    assert main(["train", str(recipe), "--output-dir", str(run)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert metrics(run) == lines
+
+
+def test_a_users_own_prompts_reward_and_pipeline(tmp_path):
+    (tmp_path / "mine.txt").write_text("a red circle\ntwo squares\na ring\n")
+    (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3)) / 255\n")
+    pipe = StableDiffusion3Pipeline.from_pretrained(world.path(), text_encoder_3=None, tokenizer_3=None)
+    pipe.save_pretrained(tmp_path / "pipeline")
+    own = config(
+        tmp_path,
+        steps=1,
+        model={"path": str(tmp_path / "pipeline"), "text_tokens": 3},
+        prompts={"train": str(tmp_path / "mine.txt"), "eval": str(tmp_path / "mine.txt")},
+        reward=f"{tmp_path / 'mine.py'}:score",
+    )
+    build.run(own)
+    last = metrics(tmp_path / "run")[-1]
+    assert 0.3 < last["eval/reward_mean"] < 1
+    assert "eval/pass_rate" not in last
+    assert set(last["prompts"]) < {"a red circle", "two squares", "a ring"}
+
+
+def test_killed_at_any_moment_it_goes_on_with_the_same_numbers(tmp_path):
+    """SIGKILL in the middle of a run; resumed, its metrics are those of a run that was never stopped."""
+    (tmp_path / "small.yaml").write_text(json.dumps(SMALL | {"steps": 4}))
+    words = ["train", str(tmp_path / "small.yaml"), "--prompts.eval", str(tmp_path / "few.jsonl"), "--output-dir"]
+    assert main([*words, str(tmp_path / "whole")]) == 0
+    run = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, "-m", "aegpo.cli", *words, str(run)], stdout=subprocess.DEVNULL)
+    while not (run / "checkpoint-2").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert main(["train", "--resume", "latest", "--output-dir", str(run)]) == 0
+    assert metrics(tmp_path / "whole") == metrics(run)
+
+
+def test_a_checkpoint_cut_short_is_named_with_the_one_before(tmp_path, capsys):
+    build.run(config(tmp_path))
+    run = tmp_path / "run"
+    before = metrics(run)
+    file = run / "checkpoint-3" / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert main(["train", "--resume", "latest", "--output-dir", str(run), "--steps", "4"]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "optimizer.safetensors" in error
+    assert "checkpoint-2" in error
+    assert metrics(run) == before
+    assert main(["train", "--resume", str(run / "checkpoint-2"), "--output-dir", str(run)]) == 0
+    assert metrics(run) == before
+    with pytest.raises(ValueError, match="not complete"):
+        (run / "checkpoint-3" / "manifest.json").unlink()
+        checkpoint.verify(run / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": "clipscore9"}, "reward: 'clipscore9' is unknown"),
+        ({"prompts": {"train": "missing.txt"}}, "prompts.train: missing.txt cannot be read"),
+        ({"prompts_per_step": 700, "rollouts_per_step": 1400}, "a step takes 700 prompts"),
+        ({"model": {"path": "no/such/pipeline"}}, "model.path: no/such/pipeline"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        build.run(config(tmp_path, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_prompt_that_the_embedded_model_cannot_read(tmp_path):
+    (tmp_path / "mine.txt").write_text("a red circle\na purple elephant\n")
+    with pytest.raises(ValueError, match="does not know 'elephant' in 'a purple elephant'"):
+        build.run(config(tmp_path, prompts={"train": str(tmp_path / "mine.txt")}))
+
+
+def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "thesis.doc").write_text("years of work")
+    with pytest.raises(ValueError, match="files that are not a run's"):
+        build.run(config(tmp_path), overwrite=True)
+    assert (target / "thesis.doc").read_text() == "years of work"
+
+
+# ---------------------------------------------------------------- plan and update
+
+
+def test_the_plan_follows_the_signals():
+    entropy = torch.rand(4, 10, dtype=torch.float64)
+    base = entropy - torch.tensor([0.1, -0.4, 0.2, 0.0])[:, None]  # |dH| = .1 .4 .2 0
+    base[0, 5] -= 3
+    base[0, 6] += 3
+    settings = resolve({"prompts_per_step": 4, "rollouts_per_step": 48})
+    plan = make_plan(settings, Signals(entropy, base), 0)
+    assert plan.rollouts.tolist() == [8, 16, 16, 8]
+    peaks = entropy[:, :9].argsort(1, descending=True)[:, :4].sort(1).values
+    assert [row.nonzero().flatten().tolist() for row in plan.explored] == peaks.tolist()
+    delta = resolve({"prompts_per_step": 4, "exploration": {"rule": "delta_entropy_peaks", "k": 2}})
+    assert make_plan(delta, Signals(entropy, base), 0).explored[0].nonzero().flatten().tolist() == [5, 6]
+    assert plan.group.tolist() == [0] * 8 + [1] * 16 + [2] * 16 + [3] * 8
+
+
+class Quiet:
+    def begin(self, what, total): ...
+
+    def advance(self, count): ...
+
+    def step(self, metrics): ...
+
+
+@pytest.fixture(scope="module")
+def rows():
+    model = models.load(Config().model)
+    conditions = model.encode(["a ring", "a red cross"])
+    count = 12
+    generator = torch.Generator().manual_seed(0)
+
+    def normal():
+        return torch.randn(count, 4, 8, 8, generator=generator)
+
+    return conditions, Transitions(
+        x=normal(),
+        x_next=normal(),
+        step=torch.arange(count) % 9,
+        prompt=torch.arange(count) % 2,
+        rollout=torch.arange(count),
+        log_prob=torch.zeros(count),
+        advantage=torch.linspace(-1, 1, count).where(torch.arange(count) % 3 != 0, 0.0),
+    )
+
+
+def gradient(conditions, rows, **changes):
+    """The gradient that an update leaves behind, before clipping could touch it."""
+    settings = resolve({"optimizer": {"updates": 1, "max_grad_norm": 1e9} | changes})
+    model = models.load(settings.model)
+    optimizer = torch.optim.SGD(model.trainable.values(), lr=0.0)
+    counted = update(settings, model, optimizer, rows, conditions, 0, Quiet())
+    return counted, torch.cat([p.grad.flatten() for p in model.trainable.values() if p.grad is not None])
+
+
+def test_the_gradient_does_not_depend_on_micro_batches(rows):
+    counted, whole = gradient(*rows, micro_batch=100)
+    assert whole.abs().max() > 0
+    for micro_batch in (1, 5):
+        other, parts = gradient(*rows, micro_batch=micro_batch)
+        torch.testing.assert_close(parts, whole, atol=1e-7, rtol=1e-4)
+        assert other["loss"] == pytest.approx(counted["loss"], rel=1e-4)
+
+
+def test_rows_without_advantage_cost_no_forward_and_change_no_gradient(rows):
+    conditions, full = rows
+    counted, kept = gradient(conditions, full, micro_batch=100)
+    assert counted["rows"] == 8
+    from aegpo.train import objective
+
+    settings = resolve({})
+    model = models.load(settings.model)
+    loss = objective(settings, model, full, conditions)
+    (loss.value / 12).backward()
+    all_rows = torch.cat([p.grad.flatten() for p in model.trainable.values() if p.grad is not None])
+    torch.testing.assert_close(kept, all_rows, atol=1e-7, rtol=1e-4)
+
+
+def test_a_step_in_which_no_group_differs_changes_nothing(rows):
+    from dataclasses import replace
+
+    conditions, full = rows
+    settings = resolve({})
+    model = models.load(settings.model)
+    before = [p.clone() for p in model.trainable.values()]
+    optimizer = torch.optim.AdamW(model.trainable.values(), lr=1.0)
+    counted = update(settings, model, optimizer, replace(full, advantage=torch.zeros(12)), conditions, 0, Quiet())
+    assert counted["rows"] == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.trainable.values(), strict=True))
+    assert json.dumps(counted)
