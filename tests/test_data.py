@@ -28,7 +28,7 @@ def test_the_draw_depends_on_seed_and_step_alone():
 
 
 def test_more_prompts_a_step_than_there_are():
-    with pytest.raises(ValueError, match="takes 11 prompts.*holds only 10"):
+    with pytest.raises(ValueError, match=r"takes 11 prompts.*holds only 10"):
         draw(PROMPTS, 11, 0, 0)
 
 
@@ -50,7 +50,7 @@ def test_text_and_jsonl_keep_order_duplicates_and_metadata(tmp_path):
     [
         ("a.txt", b"", r"prompts.train: .*a.txt holds no prompt"),
         ("a.txt", b" \n\n", "holds no prompt"),
-        ("a.txt", "ein Kreis\n".encode() + b"\xff\xfe", r"a.txt is not UTF-8 \(byte 10\)"),
+        ("a.txt", b"ein Kreis\n" + b"\xff\xfe", r"a.txt is not UTF-8 \(byte 10\)"),
         ("a.jsonl", b'{"prompt": "x"}\n{"prompt": 3}\n', "line 2 must be an object with a non-empty text"),
         ("a.jsonl", b"[1]\n", "line 1 must be an object"),
         ("a.jsonl", b"not json\n", "line 1 is not JSON"),

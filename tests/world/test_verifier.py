@@ -27,7 +27,7 @@ def test_ground_truth_passes(task):
 
 
 def test_a_shuffled_caption_scores_what_the_scene_itself_scores():
-    """The pictures are read rightly, so a wrong caption gets exactly what chance gives it: what the scene's own list gets."""
+    """The pictures are read rightly, so a wrong caption gets what chance gives: the score of the scene's own list."""
     requests, drawn, images, rng = examples(600, 1)
     shuffled = [requests[i] for i in rng.permutation(len(requests))]
     truth = [

@@ -32,7 +32,7 @@ LATENT_CHANNELS = 4
 
 
 def pretrain(
-    output: Path, steps: int = 12_000, vae_steps: int = 1500, scene_count: int = 100_000, seed: int = 0
+    output: Path, steps: int = 5000, vae_steps: int = 1500, scene_count: int = 100_000, seed: int = 0
 ) -> None:
     """Train the embedded model and save it as a diffusers pipeline folder in half precision.
 
