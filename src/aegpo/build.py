@@ -79,7 +79,7 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
     if config.model.train == "lora":
         if not (run / "pytorch_lora_weights.safetensors").exists():
             raise ValueError(f"run {run} has no weights yet: pytorch_lora_weights.safetensors is missing")
-        pipe.load_lora_weights(run)
+        pipe.load_lora_weights(str(run))
     else:
         pipe.transformer = type(pipe.transformer).from_pretrained(run, subfolder="transformer").to(pipe.device)
     side = config.model.resolution or None

@@ -1,6 +1,7 @@
 """Prompts from a file or from the embedded world, and their deterministic draw."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def _prompts(rows: list[dict[str, Any]], where: str) -> list[Prompt]:
     return [Prompt(i, row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for i, row in enumerate(rows)]
 
 
-def draw(prompts: list[Prompt], count: int, seed: int, step: int) -> list[Prompt]:
+def draw(prompts: Sequence[Prompt], count: int, seed: int, step: int) -> list[Prompt]:
     """The prompts of a training step: each epoch is a fresh permutation, and no prompt stands twice in one step.
 
     What an epoch has left over when it cannot fill a step is not drawn in that epoch.

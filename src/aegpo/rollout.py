@@ -46,7 +46,7 @@ def probe(
     def curves(which: list[int]) -> Tensor:
         parts = []
         for part in torch.tensor(which).split(batch):
-            x = _first_latents(model, [(PROBE, seed, prompts[i].id) for i in part])
+            x = _first_latents(model, [(PROBE, seed, prompts[i].id) for i in part.tolist()])
             with AttentionProbe(model.image_tokens) as attention:
                 denoise(model, x, conditions, part, sampler)
             layers = attention.entropy()[:, -len(part) :]  # under guidance the empty prompt's rows come first
@@ -77,9 +77,11 @@ def collect(
     `progress` is told how many more rollouts are done.
     """
     images, rows = [], []
-    member = torch.cat([torch.arange(count) for count in plan.rollouts])
-    for part in torch.arange(len(plan.group)).split(batch):
-        keys = [(ROLLOUT, seed, step, prompts[plan.group[i]].id, int(member[i])) for i in part]
+    names = [
+        (prompt.id, i) for prompt, count in zip(prompts, plan.rollouts.tolist(), strict=True) for i in range(count)
+    ]
+    for part in torch.arange(len(names)).split(batch):
+        keys = [(ROLLOUT, seed, step, *names[i]) for i in part.tolist()]
         x, explored = denoise(
             model,
             _first_latents(model, [(*key, 0) for key in keys]),
@@ -101,10 +103,11 @@ def draw(
 ) -> np.ndarray:
     """`images` pictures of every prompt by ODE, always from the same noise; uint8 (prompts x images, H, W, 3)."""
     pictures = []
-    wanted = torch.arange(len(prompts)).repeat_interleave(images)
-    for part in torch.arange(len(wanted)).split(batch):
-        x = _first_latents(model, [(EVALUATION, seed, prompts[wanted[i]].id, int(i) % images) for i in part])
-        conditions = model.encode([prompts[wanted[i]].text for i in part])
+    wanted = [(prompt, i) for prompt in prompts for i in range(images)]
+    for at in range(0, len(wanted), batch):
+        part = wanted[at : at + batch]
+        x = _first_latents(model, [(EVALUATION, seed, prompt.id, i) for prompt, i in part])
+        conditions = model.encode([prompt.text for prompt, _ in part])
         x, _ = denoise(model, x, conditions, torch.arange(len(part)), sampler)
         pictures.append(model.decode(x))
     return np.concatenate(pictures)

@@ -1,10 +1,13 @@
 """The models that can be trained: the only room that knows diffusers and peft."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers.utils.logging import disable_progress_bar
 
 from aegpo import world
 from aegpo.config import Model
@@ -35,11 +38,11 @@ def text_tokens(settings: Model) -> int:
     return 0 if settings.path == "world" else settings.text_tokens
 
 
-def load_pipeline(settings: Model) -> StableDiffusion3Pipeline:
+def load_pipeline(settings: Model) -> Any:
     """The untouched diffusers pipeline that the settings name; raises ValueError as `load` does."""
     path = str(world.path()) if settings.path == "world" else settings.path
     try:
-        index = DiffusionPipeline.load_config(path)
+        index: Any = DiffusionPipeline.load_config(path)
     except (OSError, ValueError) as error:
         if Path(path).exists():
             raise ValueError(f"model.path: {path} holds no diffusers pipeline (no readable model_index.json)") from None
@@ -47,9 +50,12 @@ def load_pipeline(settings: Model) -> StableDiffusion3Pipeline:
     family = FAMILIES.get(index["_class_name"])
     if family is None or settings.family not in ("auto", family):
         raise ValueError(f"model.family: {path} is a {index['_class_name']}; known are {', '.join(FAMILIES)}")
+    if not sys.stderr.isatty():
+        disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
     gpu = torch.cuda.is_available()
     pipe = StableDiffusion3Pipeline.from_pretrained(
-        path, torch_dtype=torch.bfloat16 if gpu else torch.float32, **_absent_parts(index)
+        path, dtype=torch.bfloat16 if gpu else torch.float32, **_absent_parts(index)
     )
     pipe.set_progress_bar_config(disable=True)
     if gpu:

@@ -4,10 +4,10 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusion3Pipeline
 from torch import Tensor, nn
 
 from aegpo.config import Model
@@ -24,12 +24,14 @@ LORA_TARGETS = tuple(
 class SD3:
     """The adapter between the loop and a `StableDiffusion3Pipeline`; see `Denoiser` for what each part promises."""
 
-    def __init__(self, pipe: StableDiffusion3Pipeline, settings: Model, text_tokens: int, seed: int) -> None:
+    transformer: Any
+
+    def __init__(self, pipe: Any, settings: Model, text_tokens: int, seed: int) -> None:
         self.pipe = pipe
         self.transformer = pipe.transformer.eval()
         self.text_tokens = text_tokens
         self.is_lora = settings.train == "lora"
-        self.base: nn.Module | None = None
+        self.base: Any = None
         self.forwards = 0
 
         for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
@@ -40,7 +42,9 @@ class SD3:
         else:
             self.base = copy.deepcopy(self.transformer)
             self.transformer.requires_grad_(True)
-        self.trainable = {name: p for name, p in self.transformer.named_parameters() if p.requires_grad}
+        self.trainable: dict[str, nn.Parameter] = {
+            name: p for name, p in self.transformer.named_parameters() if p.requires_grad
+        }
 
         config = self.transformer.config
         side = settings.resolution // pipe.vae_scale_factor or config.sample_size

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,9 +32,7 @@ TEXT_TOKENS = 20
 LATENT_CHANNELS = 4
 
 
-def pretrain(
-    output: Path, steps: int = 5000, vae_steps: int = 1500, scene_count: int = 100_000, seed: int = 0
-) -> None:
+def pretrain(output: Path, steps: int = 5000, vae_steps: int = 1500, scene_count: int = 100_000, seed: int = 0) -> None:
     """Train the embedded model and save it as a diffusers pipeline folder in half precision.
 
     Args:
@@ -54,12 +53,15 @@ def pretrain(
         folder = output if step == steps else output / f"step-{step:05d}"
         snapshot = _with_weights(pipe, average).to(torch.float16)
         snapshot.save_pretrained(folder, safe_serialization=True)
+        build_tokenizer(folder)
         print(f"step {step}: {json.dumps(pass_rates(snapshot.to(torch.float32)))}", flush=True)
 
 
-def build_pipeline(folder: Path) -> StableDiffusion3Pipeline:
+def build_pipeline(folder: Path) -> Any:
     """An untrained Stable Diffusion 3 pipeline of the world's size: 32 x 32 pixels, 16 image and 20 text tokens."""
-    tokenizer = build_tokenizer(folder)
+    tokenizer: Any = build_tokenizer(folder)
+    pipeline: Any = StableDiffusion3Pipeline
+    autoencoder: Any = AutoencoderKL
     encoder = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -72,7 +74,7 @@ def build_pipeline(folder: Path) -> StableDiffusion3Pipeline:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return StableDiffusion3Pipeline(
+    return pipeline(
         transformer=SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
@@ -88,7 +90,7 @@ def build_pipeline(folder: Path) -> StableDiffusion3Pipeline:
             qk_norm="rms_norm",
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=AutoencoderKL(
+        vae=autoencoder(
             down_block_types=("DownEncoderBlock2D",) * 3,
             up_block_types=("UpDecoderBlock2D",) * 3,
             block_out_channels=(16, 32, 48),
@@ -110,7 +112,10 @@ def build_pipeline(folder: Path) -> StableDiffusion3Pipeline:
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer in which every word of the world is one token: byte-pair merges are learned on the words."""
+    """A CLIP tokenizer in which every word of the world is one token: byte-pair merges are learned on the words.
+
+    Its `vocab.json` and `merges.txt` are written into the pipeline's folder, for both text encoders.
+    """
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in sorted(scenes.words())]
     vocabulary = ["<|startoftext|>", "<|endoftext|>", *sorted({piece for word in spelled for piece in word})]
     merges = []
@@ -119,11 +124,11 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
         spelled = [_merge(word, best) for word in spelled]
         merges.append(best)
         vocabulary.append("".join(best))
-    folder = folder / "tokenizer"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=TEXT_TOKENS)
+    for part in ("tokenizer", "tokenizer_2"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(vocabulary)}))
+        (folder / part / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges))
+    return CLIPTokenizer.from_pretrained(folder / "tokenizer", model_max_length=TEXT_TOKENS)
 
 
 def _merge(word: list[str], pair: tuple[str, str]) -> list[str]:
@@ -144,7 +149,7 @@ def _random_scenes(count: int, rng: np.random.Generator) -> tuple[list[scenes.Re
     return requests, torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train_vae(vae: AutoencoderKL, steps: int, rng: np.random.Generator) -> None:
+def train_vae(vae: Any, steps: int, rng: np.random.Generator) -> None:
     """Fit the VAE to random scenes (absolute error plus a small KL) and set its latent shift and scale."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
@@ -168,7 +173,7 @@ def train_vae(vae: AutoencoderKL, steps: int, rng: np.random.Generator) -> None:
 
 
 @torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, count: int, rng: np.random.Generator) -> tuple[list[scenes.Request], Tensor]:
+def encode_scenes(vae: Any, count: int, rng: np.random.Generator) -> tuple[list[scenes.Request], Tensor]:
     """Draw `count` scenes and encode them; the normalised latents are float32 (count, 4, 8, 8)."""
     requests: list[scenes.Request] = []
     latents = []
@@ -180,7 +185,7 @@ def encode_scenes(vae: AutoencoderKL, count: int, rng: np.random.Generator) -> t
 
 
 def train_flow(
-    pipe: StableDiffusion3Pipeline,
+    pipe: Any,
     requests: list[scenes.Request],
     latents: Tensor,
     steps: int,
@@ -236,7 +241,7 @@ def _caption(request: scenes.Request, held: set[str], rng: np.random.Generator) 
     return prompt
 
 
-def _with_weights(pipe: StableDiffusion3Pipeline, average: AveragedModel) -> StableDiffusion3Pipeline:
+def _with_weights(pipe: Any, average: AveragedModel) -> Any:
     """A copy of the pipeline that carries the averaged weights."""
     copy = build_pipeline(Path(pipe.tokenizer.name_or_path).parent)
     copy.vae.load_state_dict(pipe.vae.state_dict())
@@ -249,7 +254,7 @@ def _with_weights(pipe: StableDiffusion3Pipeline, average: AveragedModel) -> Sta
     return copy
 
 
-def pass_rates(pipe: StableDiffusion3Pipeline, steps: int = 10, images: int = 2) -> dict[str, float]:
+def pass_rates(pipe: Any, steps: int = 10, images: int = 2) -> dict[str, float]:
     """Graded score and strict pass rate of a pipeline on the held-out prompts, in all and by task."""
     pipe.set_progress_bar_config(disable=True)
     rows = held_out() * images

@@ -48,14 +48,14 @@ class Request:
     @property
     def task(self) -> str:
         """Which of GenEval's six tasks this is."""
-        shapes, colors = zip(*self.objects, strict=True)
+        colored = any(color for _, color in self.objects)
         if self.relation:
             return "position"
-        if len(shapes) == 1:
-            return "colors" if colors[0] else "one_object"
+        if len(self.objects) == 1:
+            return "colors" if colored else "one_object"
         if len(set(self.objects)) == 1:
             return "counting"
-        return "color_attribution" if any(colors) else "two_objects"
+        return "color_attribution" if colored else "two_objects"
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,15 @@ Scene = tuple[Placed, ...]
 def write(request: Request, rng: np.random.Generator) -> str:
     """One of the many plain-English wordings of a request."""
     opening = OPENINGS[rng.integers(len(OPENINGS))]
-    first = request.objects[0]
-    if len(request.objects) > 1 and len(set(request.objects)) == 1:
+    first, *others = request.objects
+    if others and len(set(request.objects)) == 1:
         number = next(word for word, n in NUMBERS.items() if n == len(request.objects))
         return opening.replace(" is ", " are ") + _noun_phrase(first, number, rng)
     phrase = _noun_phrase(first, "one" if rng.random() < 0.15 else "a", rng)
-    if len(request.objects) == 1:
+    if not others:
         return opening + phrase
     words = RELATION_WORDS[request.relation] if request.relation else JOINERS[: 2 + 2 * (rng.random() < 0.5)]
-    return f"{opening}{phrase} {words[rng.integers(len(words))]} {_noun_phrase(request.objects[1], 'a', rng)}"
+    return f"{opening}{phrase} {words[rng.integers(len(words))]} {_noun_phrase(others[0], 'a', rng)}"
 
 
 def _noun_phrase(item: tuple[str, str | None], determiner: str, rng: np.random.Generator) -> str:
@@ -233,9 +233,9 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def draw(scene: Scene, supersample: int = 4) -> np.ndarray:
     """Render a scene with antialiasing; uint8 (32, 32, 3)."""
     fine = (np.arange(SIZE * supersample) + 0.5) / supersample
-    image = np.broadcast_to(np.float32(BACKGROUND), (SIZE, SIZE, 3))
+    image = np.broadcast_to(np.array(BACKGROUND, np.float32), (SIZE, SIZE, 3))
     for item in scene:
         mask = coverage(item.shape, (fine[None] - item.x) / item.radius, (fine[:, None] - item.y) / item.radius)
         alpha = mask.reshape(SIZE, supersample, SIZE, supersample).mean((1, 3), dtype=np.float32)[..., None]
-        image = image * (1 - alpha) + alpha * np.float32(COLORS[item.color])
+        image = image * (1 - alpha) + alpha * np.array(COLORS[item.color], np.float32)
     return np.rint(image).astype(np.uint8)

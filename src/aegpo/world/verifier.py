@@ -14,7 +14,7 @@ from aegpo.world.scenes import BACKGROUND, COLORS, SHAPES, Request, coverage, pa
 MIN_AREA = 12  # pixels; smaller specks are dirt, not objects
 MIN_IOU = 0.72  # overlap with the ideal shape below which a blob has no name
 MAX_COLOR_DISTANCE = 70.0  # Euclidean, 8-bit RGB
-_PALETTE = np.float32(list(COLORS.values()))
+_PALETTE = np.array(list(COLORS.values()), np.float32)
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Found:
 
 def detect(image: np.ndarray) -> list[Found]:
     """Every object of one uint8 (H, W, 3) picture of the world."""
-    ink = np.linalg.norm(image.astype(np.float32) - np.float32(BACKGROUND), axis=-1)
-    blobs, count = ndimage.label(ink > 45)
+    ink = np.linalg.norm(image.astype(np.float32) - np.array(BACKGROUND, np.float32), axis=-1)
+    labelled: Any = ndimage.label(ink > 45)
+    blobs, count = labelled
     found = []
     for label, window in enumerate(ndimage.find_objects(blobs, count), start=1):
         strength = np.where(blobs[window] == label, ink[window], 0)
