@@ -20,7 +20,7 @@ CHOICES = st.fixed_dictionaries(
         "algorithm": st.sampled_from(sorted(ALGORITHMS)),
         "reward": TEXT,  # yes, 1e3, null, "- a": what YAML would not read as text if it stood bare
         "output_dir": st.sampled_from(["no", "1_000", "2026-01-31", "~", "3e4", "a: b", "é\n#"]),
-        "seed": st.integers(0, 2**64),
+        "seed": st.integers(0, 2**63 - 1),
         "model": st.fixed_dictionaries(
             {
                 "train": st.sampled_from(["lora", "full"]),
@@ -31,7 +31,7 @@ CHOICES = st.fixed_dictionaries(
             {"lr": POSITIVE, "betas": st.tuples(FRACTIONS, FRACTIONS), "updates": COUNTS}
         ),
         "advantage": st.fixed_dictionaries({"clip": POSITIVE, "eps": FRACTIONS}),
-        "sampler": st.fixed_dictionaries({"steps": st.integers(5, 50), "guidance": st.floats(0, 1e3)}),
+        "sampler": st.fixed_dictionaries({"steps": st.integers(5, 50), "guidance": st.floats(1, 1e3)}),
     },
 )
 
@@ -187,8 +187,8 @@ def test_text_is_text(name: str, value: Any):
     ("name", "refused", "allowed"),
     [
         ("steps", -1, 0),
-        ("prompts_per_step", 0, 1),
-        ("rollouts_per_step", 1, 16),
+        ("prompts_per_step", 0, 6),
+        ("rollouts_per_step", 1, 64),
         ("eval_every", -1, 0),
         ("save_every", 0, 1),
         ("allocation.low", 1, 2),
@@ -216,7 +216,18 @@ def test_groups_of_one_are_refused_and_groups_of_two_are_not():
     said = complaint({"prompts_per_step": 8, "rollouts_per_step": 15})
     assert said.startswith("rollouts_per_step: 15 rollouts for 8 prompts leave groups of one")
     assert said.endswith("at least 16")
-    assert resolve({"prompts_per_step": 8, "rollouts_per_step": 16}).rollouts_per_step == 16
+    assert resolve({"algorithm": "flow-grpo", "rollouts_per_step": 16}).rollouts_per_step == 16
+
+
+def test_a_budget_that_the_median_split_cannot_keep_is_refused():
+    said = complaint({"prompts_per_step": 4})
+    assert said == (
+        "rollouts_per_step: 96 rollouts cannot be split into 8 to 16 for each of 4 prompts; 48 would be the mean"
+    )
+    for rollouts in (32, 64):
+        assert resolve({"prompts_per_step": 4, "rollouts_per_step": rollouts}).rollouts_per_step == rollouts
+    for rollouts in (31, 65):
+        assert "cannot be split" in complaint({"prompts_per_step": 4, "rollouts_per_step": rollouts})
 
 
 @pytest.mark.parametrize("rule", ["window", "random", "entropy_peaks", "delta_entropy_peaks"])
@@ -233,10 +244,11 @@ def test_k_is_ignored_where_all_steps_explore():
 
 @pytest.mark.parametrize("rule", ["random", "entropy_peaks", "delta_entropy_peaks"])
 def test_peaks_must_fit_with_their_distance(rule: str):
-    layer = {"sampler": {"steps": 8}, "exploration": {"rule": rule, "k": 3, "min_distance": 3}}
-    assert resolve(layer).exploration.min_distance == 3  # steps 0, 3 and 6 of 0..6
-    said = complaint(layer, {"exploration": {"min_distance": 4}})
-    assert said == "exploration.min_distance: 3 steps to explore do not fit 4 apart into the first 7 of 8"
+    layer = {"sampler": {"steps": 7}, "exploration": {"rule": rule, "k": 3, "min_distance": 2}}
+    assert resolve(layer).exploration.min_distance == 2  # steps 0, 2 and 4 of 0..5
+    said = complaint(layer, {"exploration": {"min_distance": 3}})  # 0, 3 and 6, but 6 is the last of all
+    assert said == "exploration.min_distance: 3 steps to explore do not fit 3 apart into the first 6 of 7"
+    assert resolve(layer, {"exploration": {"min_distance": 3, "rule": "window"}}).exploration.k == 3
 
 
 def test_low_above_high_is_refused_where_it_is_used():

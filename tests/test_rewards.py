@@ -28,8 +28,31 @@ def test_a_function_that_wants_the_metadata(tmp_path):
 
 
 def test_a_function_of_a_module_by_dotted_path():
-    assert rewards.load("numpy:ndim")
-    assert rewards.load("aegpo.world.verifier:detect")
+    reward = rewards.load("aegpo.world.verifier:verify")  # answers with scores and passes: two rows, not n numbers
+    with pytest.raises(ValueError, match=r"verify returned shape \(2, 3\) for 3 images"):
+        reward(np.zeros((3, 32, 32, 3), np.uint8), ["a ring"] * 3, [{}] * 3)
+
+
+def test_a_third_argument_with_a_default_is_not_metadata(tmp_path):
+    reward = rewards.load(own(tmp_path, "def score(images, prompts, bonus=7, **rest): return [bonus] * len(images)"))
+    assert reward(IMAGES, ["a", "b"], [{}, {}]).score.tolist() == [7, 7]
+
+
+def test_a_module_beside_the_file_and_a_dataclass_in_it(tmp_path):
+    (tmp_path / "beside_this_reward.py").write_text("VALUE = 3\n")
+    body = """from __future__ import annotations
+from dataclasses import dataclass
+from beside_this_reward import VALUE
+
+@dataclass
+class Scale:
+    by: float
+
+def score(images, prompts):
+    return [Scale(VALUE).by] * len(images)
+"""
+    (tmp_path / "scaled.py").write_text(body)
+    assert rewards.load(f"{tmp_path}/scaled.py:score")(IMAGES, ["a", "b"], [{}, {}]).score.tolist() == [3, 3]
 
 
 def test_the_world_reward_is_the_verifier():
@@ -49,7 +72,8 @@ def test_the_world_reward_is_the_verifier():
         ("def score(images, prompts): return [1.0, float('nan')]", "returned nan for an image"),
         ("def score(images, prompts): return [1.0, float('inf')]", "returned inf for an image"),
         ("def score(images, prompts): return ['good', 'bad']", "returned something that is not numbers"),
-        ("def score(images, prompts): return None", "returned"),
+        ("def score(images, prompts): return None", r"returned shape \(\) for 2 images"),
+        ("def score(images, prompts): return [int('x')] * 2", "line 2: ValueError: invalid literal for int"),
     ],
 )
 def test_an_answer_that_is_no_answer(tmp_path, body, message):
@@ -62,6 +86,7 @@ def test_an_answer_that_is_no_answer(tmp_path, body, message):
     [
         ("pickscore2", "reward: 'pickscore2' is unknown"),
         ("missing.py:score", "file missing.py does not exist"),
+        (":score", "names no file or module"),
         ("no_such_module_at_all:score", "cannot be imported"),
         ("numpy:no_such_function", "has no function 'no_such_function'"),
         ("numpy:pi", "has no function 'pi'"),

@@ -1,3 +1,5 @@
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ import torch
 from aegpo import models
 from aegpo.config import Config, Loss, Model, Sampler
 from aegpo.math.transitions import transition
+from aegpo.models.probe import AttentionProbe
 from aegpo.rollout import collect, denoise, draw, noise, probe
 from aegpo.train import objective
 from aegpo.types import Plan, Prompt
@@ -163,6 +166,28 @@ def test_the_pull_to_the_base_is_flow_grpos_and_has_a_gradient():
     assert pull.abs().max() > 0
 
 
+@pytest.mark.parametrize("kind", ["flow_sde", "cps"])
+def test_the_weight_of_the_pull_follows_the_samplers_own_noise(kind):
+    """Flow-GRPO divides by 2 std_dev^2: g without sqrt(h) for an SDE, the whole s' sin(phi) for CPS."""
+    model = models.load(Model())
+    with torch.no_grad():
+        for i, parameter in enumerate(model.trainable.values()):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    sampler = Sampler(steps=6, kind=kind)
+    conditions, drawn = rollouts(model, batch=10, sampler=sampler)
+    row = drawn.transitions[(drawn.transitions.step == 2).nonzero().flatten()[:1]]
+    loss = objective(Config(sampler=sampler, loss=Loss(kl=1.0)), model, row, conditions)
+    s, s_next = model.sigmas(6)[2:4].tolist()
+    means = []
+    for context in (nullcontext(), model.reference()):
+        with context, torch.no_grad():
+            v = model.predict(row.x, torch.tensor(s), conditions, row.prompt, 1.0)
+        means.append(transition(row.x, v, s, s_next, kind, 0.7)[0])
+    std_dev = 0.7 * (s / (1 - s)) ** 0.5 if kind == "flow_sde" else s_next * np.sin(0.7 * np.pi / 2)
+    expected = (means[0] - means[1]).square().mean().item() / (2 * std_dev**2)
+    assert loss.metrics["kl"].item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_probe_reads_what_a_plain_run_of_the_same_trajectory_shows():
     model = models.load(Model())
     with torch.no_grad():
@@ -185,6 +210,21 @@ def test_the_probe_reads_what_a_plain_run_of_the_same_trajectory_shows():
     again = probe(model, PROMPTS[::-1], model.encode([p.text for p in PROMPTS[::-1]]), SAMPLER, **options)
     assert model.forwards - before == 3 * 6  # the base is not run again
     torch.testing.assert_close(again.entropy, signals.entropy.flip(0), atol=1e-5, rtol=0)
+
+
+def test_every_step_of_a_curve_is_that_steps_own_attention():
+    """The trajectory walked by hand, each step's attention read on its own: no layer or step changes places."""
+    model = models.load(Model())
+    conditions, sigmas = model.encode([prompt.text for prompt in PROMPTS]), model.sigmas(6)
+    signals = probe(model, PROMPTS, conditions, SAMPLER, seed=0, batch=2, base_entropy={})
+    x = torch.stack([noise((4, 8, 8), 1, 0, prompt.id) for prompt in PROMPTS])
+    for step in range(6):
+        with AttentionProbe(model.image_tokens) as attention, torch.no_grad():
+            v = model.predict(x, sigmas[step], conditions, torch.arange(3), 1.0)
+        expected = attention.entropy().mean(0).double()
+        torch.testing.assert_close(signals.entropy[:, step], expected, atol=1e-5, rtol=0)
+        x = x - (sigmas[step] - sigmas[step + 1]).float() * v
+    assert signals.entropy.std(1).min() > 1e-3
 
 
 def test_under_guidance_the_probe_reads_the_prompts_half_only():

@@ -64,7 +64,7 @@ def test_two_runs_are_the_same_to_the_bit_and_so_is_one_that_was_resumed(tmp_pat
     build.run(config(tmp_path, "two", **changes))
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
 
-    build.run(config(tmp_path, "cut", **changes, steps=2) if "steps" not in changes else config(tmp_path, "cut"))
+    build.run(config(tmp_path, "cut", **changes, steps=2))
     build.run(config(tmp_path, "cut", **changes), resume=str(tmp_path / "cut" / "checkpoint-1"))
     assert metrics(tmp_path / "one") == metrics(tmp_path / "cut")
     one, cut = (tmp_path / name / "checkpoint-3" for name in ("one", "cut"))
@@ -197,7 +197,7 @@ def test_a_checkpoint_cut_short_is_named_with_the_one_before(tmp_path, capsys):
     [
         ({"reward": "clipscore9"}, "reward: 'clipscore9' is unknown"),
         ({"prompts": {"train": "missing.txt"}}, "prompts.train: missing.txt cannot be read"),
-        ({"prompts_per_step": 700, "rollouts_per_step": 1400}, "a step takes 700 prompts"),
+        ({"prompts_per_step": 700, "rollouts_per_step": 3500}, "a step takes 700 prompts"),
         ({"model": {"path": "no/such/pipeline"}}, "model.path: no/such/pipeline"),
     ],
 )
@@ -217,8 +217,10 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):
     target = tmp_path / "run"
     target.mkdir()
     (target / "thesis.doc").write_text("years of work")
-    with pytest.raises(ValueError, match="files that are not a run's"):
-        build.run(config(tmp_path), overwrite=True)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"holds thesis.doc, which is not a run's; it is not overwritten"):
+            build.run(config(tmp_path), overwrite=True)
+        (target / "config.yaml").write_text("steps: 1")
     assert (target / "thesis.doc").read_text() == "years of work"
 
 
@@ -235,7 +237,9 @@ def test_the_plan_follows_the_signals():
     assert plan.rollouts.tolist() == [8, 16, 16, 8]
     peaks = entropy[:, :9].argsort(1, descending=True)[:, :4].sort(1).values
     assert [row.nonzero().flatten().tolist() for row in plan.explored] == peaks.tolist()
-    delta = resolve({"prompts_per_step": 4, "exploration": {"rule": "delta_entropy_peaks", "k": 2}})
+    delta = resolve(
+        {"prompts_per_step": 4, "rollouts_per_step": 48, "exploration": {"rule": "delta_entropy_peaks", "k": 2}}
+    )
     assert make_plan(delta, Signals(entropy, base), 0).explored[0].nonzero().flatten().tolist() == [5, 6]
     assert plan.group.tolist() == [0] * 8 + [1] * 16 + [2] * 16 + [3] * 8
 
@@ -313,3 +317,72 @@ def test_a_step_in_which_no_group_differs_changes_nothing(rows):
     assert counted["rows"] == 0
     assert all(torch.equal(a, b) for a, b in zip(before, model.trainable.values(), strict=True))
     assert json.dumps(counted)
+
+
+def test_the_average_is_flow_grpos():
+    """Decay min((1 + n) / (10 + n), .9) after n optimizer steps, every 8 of them; until then the weights themselves."""
+    from diffusers.training_utils import EMAModel
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    average = EMAModel([weight], decay=0.9)
+    by_hand = 0.0
+    for n in (8, 16, 80, 88):
+        weight.data.fill_(float(n))
+        average.optimization_step = n
+        average.step([weight])
+        decay = min((1 + n) / (10 + n), 0.9)
+        by_hand = decay * by_hand + (1 - decay) * n
+    assert average.shadow_params[0].item() == pytest.approx(by_hand, rel=1e-6)
+
+
+def test_a_resume_leaves_nothing_of_the_course_it_abandons(tmp_path):
+    build.run(config(tmp_path))
+    run = tmp_path / "run"
+    build.run(config(tmp_path, steps=2), resume=str(run / "checkpoint-2"))
+    assert [p.name for p in checkpoint.checkpoints(run)] == ["checkpoint-2"]
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2]
+    assert sorted(p.name for p in (run / "samples").glob("*.png")) == ["step-000000.png", "step-000002.png"]
+
+
+def test_resuming_with_other_weights_or_into_another_run_is_refused_and_changes_nothing(tmp_path):
+    build.run(config(tmp_path, steps=1))
+    run = tmp_path / "run"
+    before = (run / "config.yaml").read_text()
+    with pytest.raises(ValueError, match="holds other weights than this config trains"):
+        build.run(config(tmp_path, model={"lora": {"rank": 8}}), resume="latest")
+    with pytest.raises(ValueError, match="belongs to another run"):
+        build.run(config(tmp_path, "other"), resume=str(run / "checkpoint-1"))
+    assert (run / "config.yaml").read_text() == before
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_gradient_that_is_not_finite_is_never_stepped_on(rows):
+    from dataclasses import replace
+
+    conditions, full = rows
+    settings = resolve({})
+    model = models.load(settings.model)
+    before = [p.clone() for p in model.trainable.values()]
+    optimizer = torch.optim.AdamW(model.trainable.values(), lr=1.0)
+    with pytest.raises(FloatingPointError, match="gradient of step 1 is not finite"):
+        update(settings, model, optimizer, replace(full, x=full.x * float("inf")), conditions, 0, Quiet())
+    assert all(torch.equal(a, b) for a, b in zip(before, model.trainable.values(), strict=True))
+
+
+def test_two_updates_share_the_rows_between_them(rows):
+    """With no learning rate the two halves' gradients, each a mean over half the rows, average to the whole one."""
+    conditions, full = rows
+    seen = []
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(
+                torch.cat([p.grad.flatten() for g in self.param_groups for p in g["params"] if p.grad is not None])
+            )
+
+    for updates in (1, 2):
+        settings = resolve({"optimizer": {"updates": updates, "max_grad_norm": 1e9}})
+        model = models.load(settings.model)
+        update(settings, model, Recorder(model.trainable.values(), lr=0.0), full, conditions, 0, Quiet())
+    whole, one, other = seen
+    torch.testing.assert_close((one + other) / 2, whole, atol=1e-7, rtol=1e-4)

@@ -4,12 +4,15 @@ import json
 import platform
 import shutil
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from aegpo import checkpoint, rewards, world
@@ -21,6 +24,12 @@ from aegpo.models import load, load_pipeline, text_tokens
 from aegpo.report import write_model_card, write_report
 from aegpo.train import train
 from aegpo.types import Prompt
+
+RUN_FILES = (
+    *("config.yaml", "env.json", "metrics.jsonl", "metrics.partial", "report.html", "README.md", "samples"),
+    *("checkpoint-*", ".checkpoint-*", ".weights", "pytorch_lora_weights.safetensors", ".report*", ".README*"),
+    *("model_index.json", "scheduler", "transformer", "vae", "text_encoder*", "tokenizer*"),
+)
 
 
 def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -> Path:
@@ -48,11 +57,17 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
             f"prompts_per_step: a step takes {config.prompts_per_step} prompts, but {config.prompts.train} holds "
             f"{len(prompts)}; lower it (and rollouts_per_step), or give more prompts"
         )
+    if config.reward == "world":
+        for prompt in (*prompts, *held_out):
+            world.requested(prompt.text, prompt.metadata)
     reward = rewards.load(config.reward)
+    reward(np.zeros((1, 32, 32, 3), np.uint8), [prompts[0].text], [prompts[0].metadata])  # before anything is written
     model = load(config.model, config.seed)
 
-    if start is None and folder.exists():
-        shutil.rmtree(folder)
+    if start is None:
+        _clear(folder)
+    else:
+        checkpoint.verify(start, model.trainable)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
     (folder / "env.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
@@ -63,7 +78,7 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
     write_model_card(folder)
     report = write_report(folder)
     console.print(_before_after(folder))
-    console.print(f"report: {report}", highlight=False, soft_wrap=True)
+    console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
     return report
 
 
@@ -81,7 +96,10 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
             raise ValueError(f"run {run} has no weights yet: pytorch_lora_weights.safetensors is missing")
         pipe.load_lora_weights(str(run))
     else:
-        pipe.transformer = type(pipe.transformer).from_pretrained(run, subfolder="transformer").to(pipe.device)
+        if not (run / "model_index.json").exists():
+            raise ValueError(f"run {run} has no weights yet: model_index.json is missing")
+        weights = type(pipe.transformer).from_pretrained(run, subfolder="transformer", dtype=pipe.dtype)
+        pipe.transformer = weights.to(pipe.device)
     side = config.model.resolution or None
     image = pipe(
         prompt,
@@ -141,8 +159,9 @@ def _check_words(config: Config, prompts: Sequence[str], where: str) -> None:
     if config.model.path != "world":
         return
     for prompt in prompts:
-        unknown = world.unknown_words(prompt)
-        if unknown:
+        if len(prompt.split()) > world.MAX_WORDS:
+            raise ValueError(f"{where}: {prompt!r} is longer than the {world.MAX_WORDS} words the embedded model reads")
+        if unknown := world.unknown_words(prompt):
             raise ValueError(
                 f"{where}: the embedded model does not know {unknown[0]!r} in {prompt!r}; "
                 f"it knows {', '.join(sorted(world.words()))}"
@@ -154,8 +173,20 @@ def _refuse_existing(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"output_dir: {folder} exists; give --overwrite, --resume latest, or another --output-dir")
-    if not (folder / "config.yaml").exists():
-        raise ValueError(f"output_dir: {folder} holds files that are not a run's; it is not overwritten")
+    others = [item.name for item in folder.iterdir() if not _is_a_runs(item.name)]
+    if others or not (folder / "config.yaml").exists():
+        what = f"holds {others[0]}, which is not a run's" if others else "is not a run's folder"
+        raise ValueError(f"output_dir: {folder} {what}; it is not overwritten")
+
+
+def _is_a_runs(name: str) -> bool:
+    """Whether a run, and nobody else, writes a file of that name: only such are ever deleted."""
+    return any(fnmatch(name, pattern) for pattern in RUN_FILES)
+
+
+def _clear(folder: Path) -> None:
+    for item in folder.iterdir() if folder.exists() else ():
+        shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
 def _resume_point(folder: Path, resume: str) -> Path:
@@ -163,6 +194,10 @@ def _resume_point(folder: Path, resume: str) -> Path:
         if not Path(resume).is_dir():
             raise ValueError(
                 f"--resume: {resume} is not a checkpoint folder; give 'latest' or a path such as {folder}/checkpoint-10"
+            )
+        if Path(resume).resolve().parent != folder.resolve():
+            raise ValueError(
+                f"--resume: {resume} belongs to another run than {folder}; give --output-dir {Path(resume).parent}"
             )
         return Path(resume)
     found = checkpoint.checkpoints(folder)
@@ -176,7 +211,7 @@ def _before_after(folder: Path) -> Table:
     evaluations = [line for line in lines if "eval/reward_mean" in line]
     first, last = evaluations[0], evaluations[-1]
     table = Table("held-out", "before", "after", "change")
-    for name in [key for key in first if key.startswith("eval/")]:
+    for name in [key for key in first if key.startswith("eval/") and key in last]:
         label = name.removeprefix("eval/").replace("_", " ").replace("/", ": ")
-        table.add_row(label, f"{first[name]:.3f}", f"{last[name]:.3f}", f"{last[name] - first[name]:+.3f}")
+        table.add_row(escape(label), f"{first[name]:.3f}", f"{last[name]:.3f}", f"{last[name] - first[name]:+.3f}")
     return table

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -68,10 +68,8 @@ def load(
     Raises:
         ValueError: the checkpoint is damaged, or belongs to a model with other trained weights.
     """
-    verify(folder)
+    verify(folder, weights)
     saved = load_file(folder / "weights.safetensors")
-    if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in weights.items()}:
-        raise ValueError(f"checkpoint {folder} holds other weights than this config trains; resume with the run's own")
     moments = load_file(folder / "optimizer.safetensors")
     for name, parameter in weights.items():
         parameter.data.copy_(saved[name])
@@ -91,7 +89,7 @@ def load(
 
 def load_weights(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
     """Read only the policy's weights, averaged if the run averages; a damaged checkpoint is a ValueError."""
-    verify(folder)
+    verify(folder, weights)
     average = folder / "average.safetensors"
     saved = load_file(average if average.exists() else folder / "weights.safetensors")
     for name, parameter in weights.items():
@@ -101,13 +99,28 @@ def load_weights(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
 def checkpoints(run: Path) -> list[Path]:
     """The run's complete checkpoints, oldest first."""
     found = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    return sorted(found, key=_step)
 
 
-def verify(folder: Path) -> None:
-    """Raise ValueError, naming the file and the checkpoint before, unless every file is as it was written."""
-    others = [p.name for p in checkpoints(folder.parent) if p.name != folder.name]
-    advice = f"; resume from {folder.parent / others[-1]}" if others else ""
+def _step(folder: Path) -> int:
+    name = folder.name.removeprefix("checkpoint-")
+    return int(name) if name.isdigit() else -1
+
+
+def drop_after(run: Path, step: int) -> None:
+    """Delete the checkpoints of later steps: the run goes on from `step`, and they are of a course it leaves."""
+    for folder in checkpoints(run):
+        if _step(folder) > step:
+            shutil.rmtree(folder)
+
+
+def verify(folder: Path, weights: Mapping[str, nn.Parameter] | None = None) -> None:
+    """Raise ValueError, naming the file and the checkpoint before, unless every file is as it was written.
+
+    With `weights`, also unless it holds just those, in their shapes.
+    """
+    before = [p for p in checkpoints(folder.parent) if _step(p) < _step(folder)]
+    advice = f"; resume from {before[-1]}" if before else ""
     try:
         digests = json.loads((folder / "manifest.json").read_text())
         wrong = [name for name, digest in digests.items() if _digest(folder / name) != digest]
@@ -115,6 +128,13 @@ def verify(folder: Path) -> None:
         raise ValueError(f"checkpoint {folder} is not complete ({type(error).__name__}: {error}){advice}") from None
     if wrong:
         raise ValueError(f"checkpoint {folder} is damaged: {wrong[0]} is not what was written{advice}")
+    if weights is not None:
+        with safe_open(folder / "weights.safetensors", "pt") as file:
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if shapes != {name: list(parameter.shape) for name, parameter in weights.items()}:
+            raise ValueError(
+                f"checkpoint {folder} holds other weights than this config trains; resume with the run's own"
+            )
 
 
 def _optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:

@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(str(stop) or "stopped", 130)
     except BrokenPipeError:  # whoever reads our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except FloatingPointError as error:
+        return _say(str(error), 2)
+    except OSError as error:
         return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except ValueError as error:
         return _say(str(error), 2)

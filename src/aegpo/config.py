@@ -27,9 +27,11 @@ def _no_switch(value: Any) -> Any:
 
 Count = Annotated[int, Field(ge=1, strict=True)]
 Size = Annotated[int, Field(ge=0, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Pair = Annotated[int, Field(ge=2, strict=True)]
 Number = Annotated[float, BeforeValidator(_no_switch)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
+AtLeastOne = Annotated[Number, Field(ge=1, allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
@@ -85,7 +87,7 @@ class Sampler:
     """The noisy transition used at explored steps; all others are ODE."""
     eta: Positive = 0.7
     """Noise scale of that transition."""
-    guidance: NonNegative = 1.0
+    guidance: AtLeastOne = 1.0
     """Classifier-free guidance, the same in rollouts and training; 1 is off and costs half."""
 
 
@@ -148,7 +150,7 @@ class Optimizer:
     ema: Fraction = 0.0
     """Decay of the averaged weights that are evaluated and saved; 0: no averaging."""
     ema_every: Count = 8
-    """Training steps between two updates of the average."""
+    """Optimizer steps between two updates of the average."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -178,8 +180,10 @@ class Config:
     """Images drawn for each held-out prompt."""
     save_every: Count = 1
     """Steps between checkpoints; a killed run loses at most so many."""
-    seed: Size = 0
-    output_dir: str = "runs/latest"
+    seed: Seed = 0
+    """Of everything random."""
+    output_dir: Annotated[str, Field(min_length=1)] = "runs/latest"
+    """The run's folder."""
 
 
 def resolve(*layers: dict[str, Any]) -> Config:
@@ -281,8 +285,14 @@ def _check_budget(config: Config) -> None:
             f"rollouts_per_step: {rollouts} rollouts for {prompts} prompts leave groups of one, without an advantage; "
             f"ask for at least {2 * prompts}"
         )
-    if config.allocation.rule == "median_split" and low > high:
-        raise ValueError(f"allocation.low: {low} is above allocation.high, {high}")
+    if config.allocation.rule == "median_split":
+        if low > high:
+            raise ValueError(f"allocation.low: {low} is above allocation.high, {high}")
+        if not prompts * low <= rollouts <= prompts * high:
+            raise ValueError(
+                f"rollouts_per_step: {rollouts} rollouts cannot be split into {low} to {high} for each of {prompts} "
+                f"prompts; {prompts * (low + high) // 2} would be the mean"
+            )
     k, apart = config.exploration.k, config.exploration.min_distance
     if config.exploration.rule != "all" and k >= config.sampler.steps:
         raise ValueError(

@@ -9,6 +9,8 @@ import numpy as np
 
 from aegpo.types import Prompt
 
+DRAW = 5  # what a random choice is for: the first number of its key
+
 
 def load_prompts(source: str, split: str) -> list[Prompt]:
     """Read prompts.
@@ -31,7 +33,7 @@ def load_prompts(source: str, split: str) -> list[Prompt]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{where} must be a .txt (one prompt a line), a .jsonl (with a 'prompt' key), or 'world'")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
@@ -68,5 +70,5 @@ def draw(prompts: Sequence[Prompt], count: int, seed: int, step: int) -> list[Pr
     if len(prompts) < count:
         raise ValueError(f"prompts_per_step: a step takes {count} prompts, but prompts.train holds only {len(prompts)}")
     epoch, batch = divmod(step, len(prompts) // count)
-    order = np.random.default_rng([seed, epoch]).permutation(len(prompts))
+    order = np.random.default_rng([DRAW, seed, epoch]).permutation(len(prompts))
     return [prompts[i] for i in order[batch * count : (batch + 1) * count]]

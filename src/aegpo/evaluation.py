@@ -63,8 +63,8 @@ def _means(judged: Judgement, tasks: Sequence[str | None]) -> dict[str, float]:
 
 @contextmanager
 def averaged(model: Denoiser, average: EMAModel | None) -> Iterator[None]:
-    """Within it, the model has its averaged weights, if the run averages any."""
-    if average is None:
+    """Within it, the model has its averaged weights, if an average was taken yet."""
+    if average is None or average.optimization_step == 0:
         yield
         return
     average.store(model.trainable.values())

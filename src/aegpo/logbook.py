@@ -1,6 +1,9 @@
-"""A run's `metrics.jsonl`: one object a training step, and what of a step is worth writing down."""
+"""What a run writes down as it goes: `metrics.jsonl`, one object a training step, and its weights."""
 
+import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +19,35 @@ def write(run: Path, metrics: dict[str, Any]) -> None:
 
 
 def cut(run: Path, step: int) -> None:
-    """Drop the lines of later steps, and a half-written last one: the run goes on from after `step`."""
+    """Drop the lines and samples of later steps, and a half-written last line: the run goes on from after `step`."""
+    for sample in (run / "samples").glob("step-*"):
+        if int(sample.stem.removeprefix("step-")) > step:
+            sample.unlink()
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
     aside = path.with_suffix(".partial")
     aside.write_text("".join(kept), encoding="utf-8")
     aside.replace(path)
+
+
+def put(run: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder, and move what it wrote into the run's, so that no file there is ever half written."""
+    aside = run / ".weights"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    write(aside)
+    for item in aside.iterdir():
+        target = run / item.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        item.replace(target)
+    aside.rmdir()
+
+
+def fingerprint(*settings: Any) -> str:
+    """A short name for settings, to see whether they are still the same."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
 def describe(plan: Plan, signals: Signals | None, scores: Tensor, advantage: Tensor) -> dict[str, Any]:

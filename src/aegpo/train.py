@@ -81,23 +81,32 @@ def train(
     )
     average = EMAModel(model.trainable.values(), decay=config.optimizer.ema) if config.optimizer.ema else None
     base_entropy: dict[int, Tensor] = {}
+    probed = logbook.fingerprint(config.model.path, config.seed, config.sampler, [prompt.text for prompt in prompts])
     done, began = 0, time.monotonic()
 
     def record(step: int, metrics: dict[str, Any]) -> None:
         if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
             with averaged(model, average):
                 metrics |= evaluate(config, model, held_out, reward, run / "samples" / f"step-{step:06d}.png")
-                model.save(run)
+                logbook.put(run, model.save)
         metrics = {"step": step, "seconds": time.monotonic() - began, "forwards": model.forwards, **metrics}
         logbook.write(run, metrics)
         display.step(metrics)
 
+    def save(step: int) -> None:
+        state = {"forwards": model.forwards, "seconds": time.monotonic() - began, "probed": probed}
+        checkpoint.save(run, step, model.trainable, optimizer, average, base_entropy, state)
+
     if resume:
         state, base_entropy = checkpoint.load(resume, model.trainable, optimizer, average)
         done, model.forwards, began = state["step"], state["forwards"], began - state["seconds"]
+        if state["probed"] != probed:
+            base_entropy = {}
+        checkpoint.drop_after(run, done)
         logbook.cut(run, done)
     else:
         record(0, {})
+        save(0)
 
     for step in range(done, config.steps):
         batch = draw(prompts, config.prompts_per_step, config.seed, step)
@@ -134,14 +143,15 @@ def train(
         )
         rows = rollouts.transitions.with_advantages(advantage.to(model.device))
         learned = update(config, model, optimizer, rows, conditions, step, display)
-        if average and (step + 1) % config.optimizer.ema_every == 0:
+        taken = config.optimizer.updates * (step + 1)
+        if average and taken % config.optimizer.ema_every < config.optimizer.updates:
+            average.optimization_step = taken  # from which diffusers takes the decay, min((1 + n) / (10 + n), decay)
             average.step(model.trainable.values())
 
         about = {"prompts": texts, "rollouts": len(scores)}
         record(step + 1, about | logbook.describe(plan, signals, scores, advantage) | learned)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            counters = {"forwards": model.forwards, "seconds": time.monotonic() - began}
-            checkpoint.save(run, step + 1, model.trainable, optimizer, average, base_entropy, counters)
+            save(step + 1)
 
 
 # ---------------------------------------------------------------- plan
@@ -197,10 +207,10 @@ def update(
     """Shuffle the rows of all prompts and timesteps, deal them to the optimizer steps, and take those.
 
     A group whose rewards are all equal has no advantage and teaches nothing: its rows are left out before the forward.
-    The loss is the mean over all rows, those too.
+    The policy's loss is the mean over all rows, those too; the pull to the base policy is over the others alone.
     """
     share = len(rows) / config.optimizer.updates
-    rows = rows[rows.advantage != 0]
+    rows = rows[rows.advantage.nonzero().flatten().cpu()]
     order = torch.from_numpy(np.random.default_rng([SHUFFLE, config.seed, step]).permutation(len(rows)))
     display.begin("update", len(rows))
     totals: dict[str, float] = {}
@@ -218,7 +228,10 @@ def update(
             if number == 0:
                 first_error = max(first_error, loss.metrics["ratio/first_error"].item())
             display.advance(len(micro))
-        grad_norms.append(nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm).item())
+        norm = nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm)
+        if not norm.isfinite():
+            raise FloatingPointError(f"the gradient of step {step + 1} is not finite; lower optimizer.lr and resume")
+        grad_norms.append(norm.item())
         optimizer.step()
     means = {name: total / len(rows) for name, total in totals.items()}
     return means | {
@@ -258,8 +271,9 @@ def objective(config: Config, model: Denoiser, rows: Transitions, conditions: Co
     if config.loss.kl:
         with torch.no_grad(), model.reference():
             base_mean, _ = transition_mean()
-        # Flow-GRPO divides by 2 g^2, not by the true variance g^2 h: its weight belongs to h times the divergence.
-        divergence = gaussian_kl(mean, base_mean, std) * (sigma - sigma_next)
+        # Flow-GRPO divides by 2 g^2, not by an SDE's true variance g^2 h: its weight belongs to h times the divergence.
+        factor = 1.0 if config.sampler.kind == "cps" else sigma - sigma_next
+        divergence = gaussian_kl(mean, base_mean, std) * factor
         loss = loss + config.loss.kl * divergence
         metrics["kl"] = divergence.detach().sum()
     metrics["loss"] = loss.detach().sum()

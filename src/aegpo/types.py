@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; `id` is its line in the file it came from, so two equal texts stay two prompts."""
+    """One prompt; `id` is its place in the file it came from, so two equal texts stay two prompts."""
 
     id: int
     text: str

@@ -180,7 +180,9 @@ def test_the_same_mistake_gets_the_same_words_in_a_recipe_and_on_the_command_lin
 
 
 def test_the_layer_that_is_wrong_is_named_whatever_the_other_holds(folder: Path, capsys: pytest.CaptureFixture[str]):
-    (folder / "wide.yaml").write_text("prompts_per_step: 60\n")  # wrong alone: 96 rollouts are too few for 60 prompts
+    (folder / "wide.yaml").write_text(
+        "algorithm: flow-grpo\nprompts_per_step: 60\n"
+    )  # wrong alone: 96 rollouts are too few for 60 prompts
     assert complaint(["train", "wide.yaml"], folder, capsys).startswith("recipe wide.yaml: rollouts_per_step: 96 ")
     assert resolved(["wide.yaml", "--rollouts_per_step", "120"], capsys).rollouts_per_step == 120
     answer = complaint(["train", "wide.yaml", "--rollouts_per_step", "100"], folder, capsys)
@@ -249,7 +251,7 @@ def test_command_line_over_recipe_over_algorithm_over_default(folder: Path, caps
 
 def test_values_are_read_as_yaml_and_text_as_it_stands(capsys: pytest.CaptureFixture[str]):
     argv = ["--steps", "20", "--optimizer.lr", "3e-5", "--model.lora.targets", "[to_q,to_k]", "--sampler.guidance=4.5"]
-    argv += ["--optimizer.betas", "[0.5, 0.75]", "--prompts-per-step=4", "--output-dir", "2026-01-31"]
+    argv += ["--optimizer.betas", "[0.5, 0.75]", "--prompts-per-step=6", "--output-dir", "2026-01-31"]
     argv += ["--reward", "my reward.py:score", "--optimizer.eps", "1.0e-6", "--model.path", "007", "--steps", "21"]
     config = resolved(argv, capsys)
     assert config.steps == 21
@@ -258,7 +260,7 @@ def test_values_are_read_as_yaml_and_text_as_it_stands(capsys: pytest.CaptureFix
     assert config.model.lora.targets == ("to_q", "to_k")
     assert config.sampler.guidance == 4.5
     assert config.optimizer.betas == (0.5, 0.75)
-    assert config.prompts_per_step == 4
+    assert config.prompts_per_step == 6
     assert config.output_dir == "2026-01-31"
     assert config.reward == "my reward.py:score"
     assert config.model.path == "007"

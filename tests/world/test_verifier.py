@@ -86,3 +86,17 @@ def test_a_two_coloured_object_has_no_colour_and_a_speck_is_no_object():
     image[:, 16:][(image[:, 16:] == scenes.COLORS["red"]).all(-1)] = scenes.COLORS["blue"]
     image[2:4, 2:4] = 0
     assert [(f.shape, f.color) for f in detect(image)] == [("square", None)]
+
+
+@pytest.mark.parametrize("shape", ["square", "circle"])
+def test_a_flooded_picture_and_a_shape_cut_by_the_border_do_not_pass(shape):
+    black = np.zeros((32, 32, 3), np.uint8)
+    cut = scenes.draw((scenes.Placed(shape, "black", 3, 16, 6),))
+    large = scenes.draw((scenes.Placed(shape, "black", 16, 16, 12),))
+    _, passed = world.verify(np.stack([black, cut, large]), [f"a black {shape}"] * 3)
+    assert not passed.any()
+
+
+def test_metadata_that_says_nothing_useful_is_named():
+    with pytest.raises(ValueError, match="objects must be a list"):
+        world.verify(np.zeros((1, 32, 32, 3), np.uint8), ["a ring"], [{"objects": ["ring"]}])

@@ -55,7 +55,7 @@ def load_pipeline(settings: Model) -> Any:
         transformers.utils.logging.disable_progress_bar()
     gpu = torch.cuda.is_available()
     pipe = StableDiffusion3Pipeline.from_pretrained(
-        path, dtype=torch.bfloat16 if gpu else torch.float32, **_absent_parts(index)
+        path, use_safetensors=True, dtype=torch.bfloat16 if gpu else torch.float32, **_absent_parts(index)
     )
     pipe.set_progress_bar_config(disable=True)
     if gpu:

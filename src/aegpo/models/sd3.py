@@ -51,6 +51,11 @@ class SD3:
         patch = pipe.vae_scale_factor * config.patch_size
         if settings.resolution % patch:
             raise ValueError(f"model.resolution: {settings.resolution} is not a multiple of {patch} pixels")
+        if side > config.pos_embed_max_size * config.patch_size:
+            largest = config.pos_embed_max_size * patch
+            raise ValueError(
+                f"model.resolution: {settings.resolution} is above {largest} pixels, the largest this model knows"
+            )
         self.latent_shape = (config.in_channels, side, side)
         self.image_tokens = (side // config.patch_size) ** 2
 

@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 import inspect
+import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,16 +46,21 @@ def load(name: str) -> Reward:
 
 def _import(name: str) -> Callable[..., Any]:
     where, _, attribute = name.rpartition(":")
+    if not where:
+        raise ValueError(f"reward: {name!r} names no file or module before the colon")
+    if where.endswith(".py") and not Path(where).is_file():
+        raise ValueError(f"reward: file {where} does not exist")
     try:
         if where.endswith(".py"):
+            sys.path.insert(0, str(Path(where).resolve().parent))
             spec = importlib.util.spec_from_file_location(Path(where).stem, where)
             assert spec and spec.loader
             module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
             spec.loader.exec_module(module)
         else:
+            sys.path.insert(0, str(Path.cwd()))
             module = importlib.import_module(where)
-    except FileNotFoundError:
-        raise ValueError(f"reward: file {where} does not exist") from None
     except ImportError as error:
         raise ValueError(f"reward: {where} cannot be imported: {error}") from None
     except SyntaxError as error:
@@ -66,10 +73,15 @@ def _import(name: str) -> Callable[..., Any]:
 
 def _checked(function: Callable[..., Any], name: str) -> Reward:
     """The user's function with its answer checked: n finite numbers."""
-    takes_metadata = len(inspect.signature(function).parameters) > 2
+    takes_metadata = _takes_metadata(function)
 
     def reward(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Judgement:
-        answer = function(images, prompts, metadata) if takes_metadata else function(images, prompts)
+        try:
+            answer = function(images, prompts, metadata) if takes_metadata else function(images, prompts)
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{frame.filename}, line {frame.lineno}"
+            raise ValueError(f"reward {name} failed at {where}: {type(error).__name__}: {error}") from error
         try:
             score = np.asarray(answer, dtype=np.float32)
         except (TypeError, ValueError):
@@ -85,3 +97,10 @@ def _checked(function: Callable[..., Any], name: str) -> Reward:
         return Judgement(score)
 
     return reward
+
+
+def _takes_metadata(function: Callable[..., Any]) -> bool:
+    """Whether it has a third positional argument without a default."""
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind in positional]
+    return len(parameters) > 2 and parameters[2].default is inspect.Parameter.empty

@@ -1,14 +1,13 @@
 """The embedded default: a tiny text-to-image pipeline of the real SD3 architecture, its prompts and its verifier."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
 from aegpo.world.scenes import words
-from aegpo.world.verifier import verify
+from aegpo.world.verifier import requested, verify
 
-__all__ = ["held_out", "path", "training", "unknown_words", "verify", "words"]
+__all__ = ["MAX_WORDS", "held_out", "path", "requested", "training", "unknown_words", "verify", "words"]
 
 
 def path() -> Path:
@@ -29,9 +28,12 @@ def held_out() -> list[dict[str, Any]]:
     return _prompts("eval")
 
 
+MAX_WORDS = 18  # the embedded tokenizer's 20 tokens, less the two that begin and end a prompt
+
+
 def unknown_words(prompt: str) -> list[str]:
     """The words of a prompt that the embedded model was never shown."""
-    return [word for word in re.findall(r"[^\s.,!]+", prompt.lower()) if word not in words()]
+    return [word for word in prompt.lower().split() if word not in words()]
 
 
 def _prompts(split: str) -> list[dict[str, Any]]:

@@ -111,7 +111,8 @@ def parse(prompt: str) -> Request:
     """Read a prompt back into the request it states; the inverse of `write`.
 
     Raises:
-        ValueError: the prompt names no shape of this world, or more than four objects.
+        ValueError: the prompt names no shape of this world, or more than four objects, or its relation is not between
+            two.
     """
     text = " ".join(prompt.lower().split())
     items = list(_ITEM.finditer(text))
@@ -121,11 +122,18 @@ def parse(prompt: str) -> Request:
         objects += [(_NOUNS[noun], before or after)] * NUMBERS.get(number or "a", 1)
     if not 1 <= len(objects) <= 4:
         raise ValueError(f"prompt {prompt!r} must ask for one to four of these shapes: {', '.join(SHAPES)}")
-    between = text[items[0].end() : items[1].start()] if len(items) == 2 else ""
-    relation = next(
-        (r for r, words in RELATION_WORDS.items() if any(re.search(rf"\b{w}\b", between) for w in words)), None
-    )
+    if not (relation := _relation_in(text)):
+        return Request(tuple(objects))
+    if len(items) != 2 or len(objects) != 2 or relation != _relation_in(text[items[0].end() : items[1].start()]):
+        raise ValueError(f"prompt {prompt!r}: a relation must stand between two single objects")
     return Request(tuple(objects), relation)
+
+
+def _relation_in(text: str) -> str | None:
+    for relation, phrases in RELATION_WORDS.items():
+        if any(re.search(rf"\b{phrase}\b", text) for phrase in phrases):
+            return relation
+    return None
 
 
 @cache

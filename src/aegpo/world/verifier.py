@@ -12,6 +12,7 @@ from scipy import ndimage
 from aegpo.world.scenes import BACKGROUND, COLORS, SHAPES, Request, coverage, parse, related
 
 MIN_AREA = 12  # pixels; smaller specks are dirt, not objects
+MAX_SIDE = 16  # pixels; what is larger is a background, not an object
 MIN_IOU = 0.72  # overlap with the ideal shape below which a blob has no name
 MAX_COLOR_DISTANCE = 70.0  # Euclidean, 8-bit RGB
 _PALETTE = np.array(list(COLORS.values()), np.float32)
@@ -28,7 +29,10 @@ class Found:
 
 
 def detect(image: np.ndarray) -> list[Found]:
-    """Every object of one uint8 (H, W, 3) picture of the world."""
+    """Every object of one uint8 (H, W, 3) picture of the world; specks below 12 pixels are overlooked.
+
+    A shape is named only where it is seen whole: not cut off by the border, and no larger than an object can be.
+    """
     ink = np.linalg.norm(image.astype(np.float32) - np.array(BACKGROUND, np.float32), axis=-1)
     labelled: Any = ndimage.label(ink > 45)
     blobs, count = labelled
@@ -40,12 +44,14 @@ def detect(image: np.ndarray) -> list[Found]:
             continue
         rows, columns = np.nonzero(cover >= 0.5)
         top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
+        y, x = window[0].start, window[1].start
+        at_border = min(y + top, x + left) == 0 or y + bottom == len(image) or x + right == len(image[0])
         found.append(
             Found(
-                _name_shape(cover[top:bottom, left:right]),
+                None if at_border else _name_shape(cover[top:bottom, left:right]),
                 _name_color(image[window][cover >= 0.8].astype(np.float32)),
-                x=float(window[1].start + (left + right) / 2),
-                y=float(window[0].start + (top + bottom) / 2),
+                x=float(x + (left + right) / 2),
+                y=float(y + (top + bottom) / 2),
             )
         )
     return found
@@ -60,7 +66,7 @@ def _name_color(core: np.ndarray) -> str | None:
 
 def _name_shape(cover: np.ndarray) -> str | None:
     height, width = cover.shape
-    if not 2 / 3 <= height / width <= 3 / 2:
+    if not 3 / 4 <= height / width <= 4 / 3 or max(height, width) > MAX_SIDE:
         return None
     ideal = _templates(height, width)
     overlap = np.minimum(ideal, cover).sum((1, 2)) / np.maximum(ideal, cover).sum((1, 2))
@@ -116,6 +122,20 @@ def _match(want: tuple[str, str | None], have: Found | None) -> float:
     return 0.5 * (have.shape == shape) + 0.5 * (have.color == color)
 
 
+def requested(prompt: str, metadata: Mapping[str, Any]) -> Request:
+    """What a prompt asks for: by its metadata, if it has `objects`, else by its words.
+
+    Raises:
+        ValueError: neither says it.
+    """
+    if "objects" not in metadata:
+        return parse(prompt)
+    try:
+        return Request(tuple((shape, color) for shape, color in metadata["objects"]), metadata.get("relation"))
+    except (TypeError, ValueError):
+        raise ValueError(f"prompt {prompt!r}: objects must be a list of [shape, colour or null]") from None
+
+
 def verify(
     images: np.ndarray, prompts: Sequence[str] | None, metadata: Sequence[Mapping[str, Any]] | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -132,12 +152,9 @@ def verify(
     Raises:
         ValueError: a prompt asks for nothing this world knows.
     """
-    requests = [
-        Request(tuple((shape, color) for shape, color in row["objects"]), row["relation"])
-        if "objects" in (row := metadata[i] if metadata else {})
-        else parse(prompts[i])  # type: ignore[index]
-        for i in range(len(images))
-    ]
+    texts = prompts or [""] * len(images)
+    rows = metadata or [{}] * len(images)
+    requests = [requested(text, row) for text, row in zip(texts, rows, strict=True)]
     scores = np.array(
         [score(detect(image), request) for image, request in zip(images, requests, strict=True)], "float32"
     )
