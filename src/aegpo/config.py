@@ -139,6 +139,8 @@ class Optimizer:
     """AdamW and how rows are dealt to it."""
 
     lr: Positive = 3e-4
+    decay: Literal["none", "linear"] = "none"
+    """Keep the learning rate, or lower it step by step to 0 at the run's end."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 1e-4

@@ -141,6 +141,8 @@ def train(
             eps=config.advantage.eps,
             clip=config.advantage.clip,
         )
+        for parameters in optimizer.param_groups:
+            parameters["lr"] = learning_rate(config, step)
         rows = rollouts.transitions.with_advantages(advantage.to(model.device))
         learned = update(config, model, optimizer, rows, conditions, step, display)
         taken = config.optimizer.updates * (step + 1)
@@ -195,6 +197,11 @@ def seed_of(*key: int) -> int:
 # ---------------------------------------------------------------- update
 
 
+def learning_rate(config: Config, step: int) -> float:
+    """The learning rate of a step."""
+    return config.optimizer.lr * (1 - step / config.steps if config.optimizer.decay == "linear" else 1)
+
+
 def update(
     config: Config,
     model: Denoiser,
@@ -238,7 +245,7 @@ def update(
         "rows": len(rows),
         "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
         "ratio/first_error": first_error,
-        "lr": config.optimizer.lr,
+        "lr": learning_rate(config, step),
     }
 
 
