@@ -164,7 +164,7 @@ def train_vae(vae: Any, steps: int, rng: np.random.Generator) -> None:
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 100 == 0:
+        if step % 100 == 0 or step == steps:
             print(f"vae {step}/{steps}: error {error.item():.4f}", flush=True)
     vae.requires_grad_(False).eval()
     with torch.no_grad():
@@ -202,7 +202,8 @@ def train_flow(
     average = AveragedModel(modules, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, total_iters=300)
-    start, running = time.monotonic(), 0.0
+    start = time.monotonic()
+    losses: list[float] = []
     for step in range(1, steps + 1):
         index = rng.integers(len(requests), size=batch)
         prompts = [_caption(requests[i], held, rng) for i in index]
@@ -224,11 +225,11 @@ def train_flow(
         optimizer.step()
         schedule.step()
         average.update_parameters(modules)
-        running += loss.item() / 100
-        if step % 100 == 0:
+        losses.append(loss.item())
+        if step % 100 == 0 or step == steps:
             pace = (time.monotonic() - start) / step
-            print(f"flow {step}/{steps}: loss {running:.4f}, {pace:.3f} s a step", flush=True)
-            running = 0.0
+            print(f"flow {step}/{steps}: loss {np.mean(losses):.4f}, {pace:.3f} s a step", flush=True)
+            losses.clear()
         if step % 1000 == 0 or step == steps:
             yield step, average
 
