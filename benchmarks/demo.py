@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     asked = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=RECIPE.parent)
     seeds = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in asked.seeds:
@@ -56,9 +57,7 @@ def main() -> None:
         asked.json.write_text(
             json.dumps(
                 {
-                    "commit": subprocess.run(
-                        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=RECIPE.parent
-                    ).stdout.strip(),
+                    "commit": commit.stdout.strip(),
                     "versions": {name: version(name) for name in ("aegpo", "torch", "diffusers", "peft")},
                     "settings": asdict(resolve(load_yaml(RECIPE))),
                     "results": {"seeds": seeds},

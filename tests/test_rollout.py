@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aegpo import models
-from aegpo.config import Config, Loss, Model, Sampler
+from aegpo.config import Config, Loss, Model, Optimizer, Sampler
 from aegpo.math.transitions import transition
 from aegpo.models.probe import AttentionProbe
 from aegpo.rollout import collect, denoise, draw, noise, probe
@@ -14,6 +14,10 @@ from aegpo.types import Plan, Prompt
 
 PROMPTS = [Prompt(4, "a red circle", {}), Prompt(9, "two squares", {}), Prompt(11, "a cross above a ring", {})]
 SAMPLER = Sampler(steps=6)
+
+
+def settings(sampler=SAMPLER, batch=10, images=2):
+    return Config(sampler=sampler, optimizer=Optimizer(micro_batch=batch), eval_images=images)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def plan(rollouts=(2, 5, 3)):
 
 def rollouts(model, batch, sampler=SAMPLER, step=3, prompts=PROMPTS, **plans):
     conditions = model.encode([prompt.text for prompt in prompts])
-    return conditions, collect(model, prompts, conditions, plan(**plans), sampler, seed=0, step=step, batch=batch)
+    return conditions, collect(model, prompts, conditions, plan(**plans), settings(sampler, batch), step)
 
 
 def test_noise_depends_on_its_whole_key():
@@ -101,13 +105,11 @@ def test_explored_steps_are_mean_plus_std_times_keyed_noise_and_others_are_ode(m
 def test_first_ratio_is_one_to_the_bit_in_the_same_batch_shape(model, guidance):
     """Every rollout explores step 2 alone, so its rows stand in one batch in the rollout and in the update alike."""
     sampler = Sampler(steps=6, guidance=guidance)
-    config = Config(sampler=sampler)
+    config = settings(sampler)
     conditions = model.encode([prompt.text for prompt in PROMPTS])
     explored = torch.zeros(3, 6, dtype=torch.bool)
     explored[:, 2] = True
-    drawn = collect(
-        model, PROMPTS, conditions, Plan(torch.tensor([2, 5, 3]), explored), sampler, seed=0, step=0, batch=10
-    )
+    drawn = collect(model, PROMPTS, conditions, Plan(torch.tensor([2, 5, 3]), explored), config, 0)
     loss = objective(config, model, drawn.transitions, conditions)
     assert loss.metrics["ratio/first_error"].item() == 0.0
 
@@ -195,19 +197,18 @@ def test_the_probe_reads_what_a_plain_run_of_the_same_trajectory_shows():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
     conditions = model.encode([prompt.text for prompt in PROMPTS])
     cache = {}
-    options = {"seed": 0, "batch": 2, "base_entropy": cache}
-    signals = probe(model, PROMPTS, conditions, SAMPLER, **options)
+    signals = probe(model, PROMPTS, conditions, settings(batch=2), cache)
     assert sorted(cache) == [4, 9, 11]
     assert (signals.entropy - signals.base_entropy).abs().max() > 1e-4
 
-    base = probe(models.load(Model()), PROMPTS, conditions, SAMPLER, seed=0, batch=3, base_entropy={})
+    base = probe(models.load(Model()), PROMPTS, conditions, settings(), {})
     torch.testing.assert_close(base.entropy, signals.base_entropy, atol=1e-5, rtol=0)
     assert base.delta_entropy.max() < 1e-6
     by_hand = (signals.entropy.numpy().mean(1) - base.entropy.numpy().mean(1)).__abs__()
     np.testing.assert_allclose(signals.delta_entropy, by_hand, atol=1e-5)
 
     before = model.forwards
-    again = probe(model, PROMPTS[::-1], model.encode([p.text for p in PROMPTS[::-1]]), SAMPLER, **options)
+    again = probe(model, PROMPTS[::-1], model.encode([p.text for p in PROMPTS[::-1]]), settings(batch=2), cache)
     assert model.forwards - before == 3 * 6  # the base is not run again
     torch.testing.assert_close(again.entropy, signals.entropy.flip(0), atol=1e-5, rtol=0)
 
@@ -216,7 +217,7 @@ def test_every_step_of_a_curve_is_that_steps_own_attention():
     """The trajectory walked by hand, each step's attention read on its own: no layer or step changes places."""
     model = models.load(Model())
     conditions, sigmas = model.encode([prompt.text for prompt in PROMPTS]), model.sigmas(6)
-    signals = probe(model, PROMPTS, conditions, SAMPLER, seed=0, batch=2, base_entropy={})
+    signals = probe(model, PROMPTS, conditions, settings(batch=2), {})
     x = torch.stack([noise((4, 8, 8), 1, 0, prompt.id) for prompt in PROMPTS])
     for step in range(6):
         with AttentionProbe(model.image_tokens) as attention, torch.no_grad():
@@ -230,14 +231,14 @@ def test_every_step_of_a_curve_is_that_steps_own_attention():
 def test_under_guidance_the_probe_reads_the_prompts_half_only():
     model = models.load(Model())
     conditions = model.encode([prompt.text for prompt in PROMPTS])
-    guided = probe(model, PROMPTS, conditions, Sampler(steps=2, guidance=3.0), seed=0, batch=3, base_entropy={})
-    plain = probe(model, PROMPTS, conditions, Sampler(steps=2), seed=0, batch=3, base_entropy={})
+    guided = probe(model, PROMPTS, conditions, settings(Sampler(steps=2, guidance=3.0)), {})
+    plain = probe(model, PROMPTS, conditions, settings(Sampler(steps=2)), {})
     torch.testing.assert_close(guided.entropy[:, 0], plain.entropy[:, 0], atol=1e-5, rtol=0)
 
 
 def test_evaluation_pictures_are_always_the_same(model):
-    one = draw(model, PROMPTS, SAMPLER, seed=0, images=2, batch=6)
-    other = draw(model, PROMPTS[::-1], SAMPLER, seed=0, images=2, batch=4)
+    one = draw(model, PROMPTS, settings(batch=6))
+    other = draw(model, PROMPTS[::-1], settings(batch=4))
     assert np.abs(one.astype(int) - other.reshape(3, 2, 32, 32, 3)[::-1].reshape(6, 32, 32, 3)).max() <= 1
     assert not (one[0] == one[1]).all()
 

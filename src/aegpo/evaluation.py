@@ -34,7 +34,7 @@ def evaluate(
         prompts have one.
     """
     count = config.eval_images
-    images = draw(model, held_out, config.sampler, seed=config.seed, images=count, batch=config.optimizer.micro_batch)
+    images = draw(model, held_out, config)
     asked = [prompt for prompt in held_out for _ in range(count)]
     judged = reward(images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
     if grid:

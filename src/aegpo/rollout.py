@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aegpo.config import Sampler
+from aegpo.config import Config, Sampler
 from aegpo.math.transitions import log_prob, transition
 from aegpo.models.base import Denoiser
 from aegpo.models.probe import AttentionProbe
@@ -31,10 +31,7 @@ def probe(
     model: Denoiser,
     prompts: Sequence[Prompt],
     conditions: Conditions,
-    sampler: Sampler,
-    *,
-    seed: int,
-    batch: int,
+    config: Config,
     base_entropy: dict[int, Tensor],
 ) -> Signals:
     """Denoise each prompt once by ODE, under the policy and under the base, and read the attention (arXiv 2602.06825).
@@ -45,12 +42,12 @@ def probe(
 
     def curves(which: list[int]) -> Tensor:
         parts = []
-        for part in torch.tensor(which).split(batch):
-            x = _first_latents(model, [(PROBE, seed, prompts[i].id) for i in part.tolist()])
+        for part in torch.tensor(which).split(config.optimizer.micro_batch):
+            x = _first_latents(model, [(PROBE, config.seed, prompts[i].id) for i in part.tolist()])
             with AttentionProbe(model.image_tokens) as attention:
-                denoise(model, x, conditions, part, sampler)
+                denoise(model, x, conditions, part, config.sampler)
             layers = attention.entropy()[:, -len(part) :]  # under guidance the empty prompt's rows come first
-            parts.append(layers.unflatten(0, (sampler.steps, -1)).double().mean(1).T.cpu())
+            parts.append(layers.unflatten(0, (config.sampler.steps, -1)).double().mean(1).T.cpu())
         return torch.cat(parts)
 
     new = [i for i, prompt in enumerate(prompts) if prompt.id not in base_entropy]
@@ -65,14 +62,11 @@ def collect(
     prompts: Sequence[Prompt],
     conditions: Conditions,
     plan: Plan,
-    sampler: Sampler,
-    *,
-    seed: int,
+    config: Config,
     step: int,
-    batch: int,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Rollouts:
-    """Draw the rollouts that the plan asks for, `batch` at a time, and keep what they explored.
+    """Draw the rollouts that the plan asks for, a micro-batch at a time, and keep what they explored.
 
     `progress` is told how many more rollouts are done.
     """
@@ -80,14 +74,14 @@ def collect(
     names = [
         (prompt.id, i) for prompt, count in zip(prompts, plan.rollouts.tolist(), strict=True) for i in range(count)
     ]
-    for part in torch.arange(len(names)).split(batch):
-        keys = [(ROLLOUT, seed, step, *names[i]) for i in part.tolist()]
+    for part in torch.arange(len(names)).split(config.optimizer.micro_batch):
+        keys = [(ROLLOUT, config.seed, step, *names[i]) for i in part.tolist()]
         x, explored = denoise(
             model,
             _first_latents(model, [(*key, 0) for key in keys]),
             conditions,
             plan.group[part],
-            sampler,
+            config.sampler,
             plan.explored[plan.group[part]],
             lambda i, t, keys=keys: noise(model.latent_shape, *keys[i], t + 1),
         )
@@ -98,17 +92,15 @@ def collect(
     return Rollouts(np.concatenate(images), plan.group, transitions)
 
 
-def draw(
-    model: Denoiser, prompts: Sequence[Prompt], sampler: Sampler, *, seed: int, images: int, batch: int
-) -> np.ndarray:
-    """`images` pictures of every prompt by ODE, always from the same noise; uint8 (prompts x images, H, W, 3)."""
+def draw(model: Denoiser, prompts: Sequence[Prompt], config: Config) -> np.ndarray:
+    """`eval_images` pictures of each prompt by ODE, always from the same noise; uint8 (prompts x images, H, W, 3)."""
     pictures = []
-    wanted = [(prompt, i) for prompt in prompts for i in range(images)]
-    for at in range(0, len(wanted), batch):
-        part = wanted[at : at + batch]
-        x = _first_latents(model, [(EVALUATION, seed, prompt.id, i) for prompt, i in part])
+    wanted = [(prompt, i) for prompt in prompts for i in range(config.eval_images)]
+    for at in range(0, len(wanted), config.optimizer.micro_batch):
+        part = wanted[at : at + config.optimizer.micro_batch]
+        x = _first_latents(model, [(EVALUATION, config.seed, prompt.id, i) for prompt, i in part])
         conditions = model.encode([prompt.text for prompt, _ in part])
-        x, _ = denoise(model, x, conditions, torch.arange(len(part)), sampler)
+        x, _ = denoise(model, x, conditions, torch.arange(len(part)), config.sampler)
         pictures.append(model.decode(x))
     return np.concatenate(pictures)
 

@@ -113,34 +113,15 @@ def train(
         texts = [prompt.text for prompt in batch]
         conditions = model.encode(texts)
 
-        signals = None
-        if needs_probe(config):
-            signals = probe(
-                *(model, batch, conditions, config.sampler),
-                seed=config.seed,
-                batch=config.optimizer.micro_batch,
-                base_entropy=base_entropy,
-            )
+        signals = probe(model, batch, conditions, config, base_entropy) if needs_probe(config) else None
         plan = make_plan(config, signals, step)
 
         display.begin("rollouts", int(plan.rollouts.sum()))
-        rollouts = collect(
-            *(model, batch, conditions, plan, config.sampler),
-            seed=config.seed,
-            step=step,
-            batch=config.optimizer.micro_batch,
-            progress=display.advance,
-        )
-        judged = reward(
-            rollouts.images, [texts[i] for i in rollouts.group], [batch[i].metadata for i in rollouts.group]
-        )
-        scores = torch.from_numpy(judged.score)
-        advantage = group_advantages(
-            *(scores, rollouts.group),
-            std=config.advantage.std,
-            eps=config.advantage.eps,
-            clip=config.advantage.clip,
-        )
+        rollouts = collect(model, batch, conditions, plan, config, step, display.advance)
+        asked = [batch[i] for i in rollouts.group.tolist()]
+        judged = reward(rollouts.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+        scores, how = torch.from_numpy(judged.score), config.advantage
+        advantage = group_advantages(scores, rollouts.group, std=how.std, eps=how.eps, clip=how.clip)
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(config, step)
         rows = rollouts.transitions.with_advantages(advantage.to(model.device))
@@ -254,15 +235,13 @@ def objective(config: Config, model: Denoiser, rows: Transitions, conditions: Co
 
     One forward serves rows of any prompts and denoising steps.
     """
-    sigmas = model.sigmas(config.sampler.steps)
+    sampler = config.sampler
+    sigmas = model.sigmas(sampler.steps)
     sigma, sigma_next = sigmas[rows.step].to(rows.x), sigmas[rows.step + 1].to(rows.x)
 
     def transition_mean() -> tuple[Tensor, Tensor]:
-        velocity = model.predict(rows.x, sigma, conditions, rows.prompt, config.sampler.guidance)
-        return transition(
-            *(rows.x, velocity, sigma, sigma_next, config.sampler.kind, config.sampler.eta),
-            sigma_first=sigmas[1].item(),
-        )
+        velocity = model.predict(rows.x, sigma, conditions, rows.prompt, sampler.guidance)
+        return transition(rows.x, velocity, sigma, sigma_next, sampler.kind, sampler.eta, sigmas[1].item())
 
     mean, std = transition_mean()
     current = log_prob(rows.x_next, mean, std)
@@ -279,7 +258,7 @@ def objective(config: Config, model: Denoiser, rows: Transitions, conditions: Co
         with torch.no_grad(), model.reference():
             base_mean, _ = transition_mean()
         # Flow-GRPO divides by 2 g^2, not by an SDE's true variance g^2 h: its weight belongs to h times the divergence.
-        factor = 1.0 if config.sampler.kind == "cps" else sigma - sigma_next
+        factor = 1.0 if sampler.kind == "cps" else sigma - sigma_next
         divergence = gaussian_kl(mean, base_mean, std) * factor
         loss = loss + config.loss.kl * divergence
         metrics["kl"] = divergence.detach().sum()
