@@ -129,7 +129,7 @@ def test_the_named_settings_of_other_tools_exist():
         ({"algorithm": "aegop"}, "algorithm: 'aegop' is not one of flow-grpo, aegpo; did you mean aegpo?"),
         ({"algorithm": ["aegpo"]}, "algorithm: ['aegpo'] is not one of flow-grpo, aegpo"),
         ({"sampler": {"kind": "ddim"}}, "sampler.kind: input should be 'flow_sde', 'dance_sde' or 'cps', got 'ddim'"),
-        ({"optimizer": None}, "optimizer is a group of settings (lr, betas,"),
+        ({"optimizer": None}, "optimizer is a group of settings (lr, decay,"),
         ({"model": {"lora": 3}}, "model.lora is a group of settings (rank, alpha, targets), not 3"),
     ],
 )
