@@ -2,6 +2,7 @@
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+INSTALLED_DEV := .venv/.installed-dev
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 
 .PHONY: demo test lint clean
@@ -9,10 +10,10 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 demo: $(INSTALLED)
 	$(BIN)/aegpo train --output-dir runs/demo --overwrite
 
-test: $(INSTALLED)
+test: $(INSTALLED_DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
-lint: $(INSTALLED)
+lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright
@@ -30,5 +31,10 @@ $(BIN)/python:
 	exit 1
 
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into .venv: a minute or two, 1.6 GB"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(INSTALLED_DEV): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $@

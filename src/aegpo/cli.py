@@ -308,7 +308,10 @@ def _print_train_help(parser: "_Parser") -> None:
 
     parser.print_help()
     print()
-    about = "Settings, for RECIPE and the command line. Over these defaults go the algorithm's choices: see --dry-run."
+    about = (
+        "Settings, for RECIPE and the command line. Over these defaults go the algorithm's choices and the recipe's: "
+    )
+    about += "--dry-run shows what they come to."
     tyro.cli(Config, prog="aegpo train", description=about, args=["--help"], registry=registry, use_underscores=True)
 
 

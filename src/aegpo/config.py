@@ -79,7 +79,7 @@ class Prompts:
 
 @dataclass(frozen=True, config=_STRICT)
 class Sampler:
-    """How an image is drawn; see algorithms.md, or arXiv 2505.05470."""
+    """How an image is drawn (arXiv 2505.05470, 2505.07818, 2509.05952)."""
 
     steps: Pair = 10
     """Denoising steps of rollouts and evaluations."""
@@ -98,7 +98,9 @@ class Allocation:
     rule: Literal["uniform", "median_split"] = "uniform"
     """`median_split`: prompts whose attention entropy moved more than the median get `high`, the others `low`."""
     low: Pair = 8
+    """Rollouts of a prompt in the lower half."""
     high: Pair = 16
+    """Rollouts of a prompt in the upper half."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -121,7 +123,9 @@ class Advantage:
     std: Literal["group", "global", "none"] = "group"
     """Divide by the group's standard deviation, by that of all rewards of the step, or not at all (Dr.GRPO)."""
     eps: NonNegative = 1e-4
+    """Added to the standard deviation."""
     clip: Positive = 5.0
+    """Bound on an advantage's size."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -129,7 +133,9 @@ class Loss:
     """The clipped surrogate and the pull to the reference policy."""
 
     clip_low: Positive = 1e-4
+    """How far below 1 a ratio may fall before it stops to count."""
     clip_high: Positive = 1e-4
+    """How far above 1 it may rise."""
     kl: NonNegative = 0.0
     """Weight of the KL to the base policy."""
 
@@ -139,12 +145,14 @@ class Optimizer:
     """AdamW and how rows are dealt to it."""
 
     lr: Positive = 3e-4
+    """Learning rate."""
     decay: Literal["none", "linear"] = "none"
     """Keep the learning rate, or lower it step by step to 0 at the run's end."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 1e-4
     max_grad_norm: Positive = 1.0
+    """Longer gradients are shortened to this norm."""
     updates: Count = 1
     """Optimizer steps in a training step; the rows are dealt evenly among them."""
     micro_batch: Count = 48
@@ -174,6 +182,7 @@ class Config:
     steps: Size = 100
     """Training steps."""
     prompts_per_step: Count = 8
+    """Prompts drawn in a step."""
     rollouts_per_step: Pair = 96
     """Images drawn in a step, over all its prompts."""
     eval_every: Size = 50

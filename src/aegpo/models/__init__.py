@@ -43,10 +43,10 @@ def load_pipeline(settings: Model) -> Any:
     path = str(world.path()) if settings.path == "world" else settings.path
     try:
         index: Any = DiffusionPipeline.load_config(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError):
         if Path(path).exists():
             raise ValueError(f"model.path: {path} holds no diffusers pipeline (no readable model_index.json)") from None
-        raise ValueError(f"model.path: {path} is neither a folder nor a pipeline on the hub: {error}") from None
+        raise ValueError(f"model.path: {path} is neither a folder nor a pipeline that the hub gives us") from None
     family = FAMILIES.get(index["_class_name"])
     if family is None or settings.family not in ("auto", family):
         raise ValueError(f"model.family: {path} is a {index['_class_name']}; known are {', '.join(FAMILIES)}")
