@@ -29,7 +29,7 @@ Align diffusion and flow models with human preference by online reinforcement le
   aegpo sample RUN --prompt "a red circle above a blue square" --out x.png [--seed 0]
   aegpo eval RUN [--prompts FILE] [--images N]
   aegpo report RUN
-  aegpo world pretrain OUT [--steps N] [--seed N]
+  aegpo world pretrain OUT [--steps N] [--careless-steps N] [--seed N]
 
   aegpo --version
   aegpo COMMAND --help      (train --help lists every setting)
@@ -41,6 +41,7 @@ RECIPES = Path(__file__).with_name("recipes")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; whatever its user got wrong is one line on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it remarks on torchvision, which nothing here uses
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # and on text encoders, for which an adapter has no weights
     try:
         _command(sys.argv[1:] if argv is None else list(argv))
     except KeyboardInterrupt as stop:
@@ -146,12 +147,14 @@ def _world(words: list[str]) -> None:
     parser = _Parser("world", "Make the embedded model again, from nothing.", argument_default=argparse.SUPPRESS)
     parser.add_argument("pretrain", choices=["pretrain"])
     parser.add_argument("OUT", type=_text, help="the pipeline folder to write")
-    parser.add_argument("--steps", type=_whole(1), metavar="N", help="updates of the transformer")
+    parser.add_argument("--steps", type=_whole(1), metavar="N", help="updates of the transformer on true captions")
+    parser.add_argument("--careless-steps", type=_whole(1), metavar="N", help="updates after those, a third wrong")
     parser.add_argument("--seed", type=_whole(0), metavar="N", help="of everything random")
     asked = vars(parser.read(words))
     from aegpo.world.pretrain import pretrain
 
-    pretrain(Path(asked["OUT"]), **{name: asked[name] for name in ("steps", "seed") if name in asked})
+    given = {name: asked[name] for name in ("steps", "careless_steps", "seed") if name in asked}
+    pretrain(Path(asked["OUT"]), **given)
 
 
 # ---------------------------------------------------------------- settings
@@ -266,12 +269,14 @@ def _print_dry_run(config: "Config") -> None:
 
 def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     """What a step does and costs, in network evaluations x samples; evaluations of held-out prompts come on top."""
+    from aegpo.config import needs_probe
+
     prompts, rollouts, steps = config.prompts_per_step, config.rollouts_per_step, config.sampler.steps
     explored = steps - 1 if config.exploration.rule == "all" else config.exploration.k
     rows, updates, most = rollouts * explored, config.optimizer.updates, config.optimizer.micro_batch
     share, longer = divmod(rows, updates)  # rows of an update; so many updates get one row more
     batches = (updates - longer) * math.ceil(share / most) + longer * math.ceil((share + 1) / most)
-    probed = config.allocation.rule == "median_split" or config.exploration.rule.endswith("entropy_peaks")
+    probed = needs_probe(config)
     twice, guided = (2, " x 2 for guidance") if config.sampler.guidance != 1 else (1, "")
     passes, reference = (4, " + 1 reference") if config.loss.kl > 0 else (3, "")
     sampling, probe, training = twice * rollouts * steps, twice * prompts * steps * probed, twice * rows * passes

@@ -64,7 +64,7 @@ class Model:
     resolution: Size = 0
     """Image side in pixels; 0: the pipeline's own."""
     text_tokens: Size = 256
-    """Length of the T5 part of the prompt (the embedded pipeline, which has no T5, always takes 0)."""
+    """Length of the T5 part of the prompt; 0 for a pipeline trained without T5, as the embedded one is by itself."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -220,6 +220,11 @@ def resolve(*layers: dict[str, Any]) -> Config:
         raise ValueError(_one_line(error)) from None
     _check_budget(config)
     return config
+
+
+def needs_probe(config: Config) -> bool:
+    """Whether any choice of the plan looks at attention entropy."""
+    return config.allocation.rule == "median_split" or config.exploration.rule.endswith("entropy_peaks")
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aegpo import checkpoint, logbook
 from aegpo.adapt.allocation import allocate
 from aegpo.adapt.exploration import explore
-from aegpo.config import Config
+from aegpo.config import Config, needs_probe
 from aegpo.data import draw
 from aegpo.evaluation import averaged, evaluate
 from aegpo.math.advantages import group_advantages
@@ -138,11 +138,6 @@ def train(
 
 
 # ---------------------------------------------------------------- plan
-
-
-def needs_probe(config: Config) -> bool:
-    """Whether any choice of the plan looks at attention entropy."""
-    return config.allocation.rule == "median_split" or config.exploration.rule.endswith("entropy_peaks")
 
 
 def make_plan(config: Config, signals: Signals | None, step: int) -> Plan:

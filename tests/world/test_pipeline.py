@@ -1,12 +1,16 @@
 """The embedded pipeline as it is shipped."""
 
 import numpy as np
+import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.models import AutoencoderKL
+from safetensors.torch import load_file
 
 from aegpo import world
 from aegpo.world import pretrain, scenes
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def test_it_is_small_half_precision_and_safetensors_only():
@@ -61,13 +65,32 @@ def test_the_base_is_half_good_and_tasks_differ():
 
 def test_pretraining_learns_and_writes_a_pipeline_that_diffusers_loads(tmp_path, capsys):
     """A few steps of the real thing: the errors fall, and the folder loads."""
-    pretrain.pretrain(tmp_path / "out", steps=6, vae_steps=60, scene_count=256, seed=0)
+    pretrain.pretrain(tmp_path / "out", steps=6, careless_steps=3, vae_steps=60, scene_count=256, seed=0)
     printed = capsys.readouterr().out
     assert "step 6:" in printed
+    assert "step 9:" in printed
     error = float(printed.split("error ")[1].split()[0])
     loss = float(printed.split("loss ")[1].split(",")[0])
     assert error < 0.5  # it begins at 1.2
     assert loss < 2.5  # a velocity's variance is 2
+    clean, careless = (load_file(tmp_path / "out" / folder / WEIGHTS) for folder in ("step-00006", "step-00009"))
+    final = load_file(tmp_path / "out" / WEIGHTS)
+    assert all(final[name].equal(careless[name]) for name in final)
+    assert not all(final[name].equal(clean[name]) for name in final)
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "out", text_encoder_3=None, tokenizer_3=None)
     assert pipe.transformer.dtype == torch.float32  # diffusers' default; the file itself is half precision
-    assert (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size < 8 * 2**20
+    assert (tmp_path / "out" / WEIGHTS).stat().st_size < 8 * 2**20
+
+
+def test_of_the_careless_captions_a_third_belong_to_another_request():
+    """Of 10 %, none; of the others, a third are written anew, and some of those happen to say the same."""
+    rng = np.random.default_rng(0)
+    request = scenes.Request((("ring", "red"),))
+    captions = [pretrain._caption(request, set(), rng, wrong=1 / 3) for _ in range(6000)]
+    said = [scenes.parse(caption) for caption in captions if caption]
+    assert len(said) / len(captions) == pytest.approx(0.9, abs=0.02)
+    assert {other.task for other in said} == {"colors"}
+    assert np.mean([other != request for other in said]) == pytest.approx(1 / 3 * 29 / 30, abs=0.02)
+    assert {scenes.parse(pretrain._caption(request, set(), rng, wrong=0.0) or "a red ring") for _ in range(500)} == {
+        request
+    }
