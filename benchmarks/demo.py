@@ -26,7 +26,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     asked = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, cwd=RECIPE.parent)
     seeds = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in asked.seeds:
@@ -57,7 +56,8 @@ def main() -> None:
         asked.json.write_text(
             json.dumps(
                 {
-                    "commit": commit.stdout.strip(),
+                    "commit": git("rev-parse", "HEAD"),
+                    "changed": git("status", "--porcelain", "."),
                     "versions": {name: version(name) for name in ("aegpo", "torch", "diffusers", "peft")},
                     "settings": asdict(resolve(load_yaml(RECIPE))),
                     "results": {"seeds": seeds},
@@ -66,6 +66,12 @@ def main() -> None:
             )
             + "\n"
         )
+
+
+def git(*words: str) -> str:
+    """What git says of the package's source."""
+    answer = subprocess.run(["git", *words], capture_output=True, text=True, check=True, cwd=RECIPE.parents[1])
+    return answer.stdout.strip()
 
 
 if __name__ == "__main__":

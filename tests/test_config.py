@@ -100,11 +100,17 @@ def test_merge_replaces_values_keeps_neighbours_and_changes_nothing_given():
 
 
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
-def test_the_algorithm_lies_over_the_defaults_and_under_everything_given(algorithm: str):
+def test_the_algorithm_lies_just_under_the_layer_that_names_it(algorithm: str):
     config = resolve({"algorithm": algorithm})
     expected = merge(dataclasses.asdict(Config()), ALGORITHMS[algorithm], {"algorithm": algorithm})
     assert dataclasses.asdict(config) == expected
-    assert resolve({"optimizer": {"updates": 7}}, {"algorithm": algorithm}).optimizer.updates == 7
+    recipe = {"algorithm": "aegpo", "optimizer": {"updates": 7, "lr": 1e-2}}
+    assert resolve(recipe).optimizer.updates == 7
+    named = resolve(recipe, {"algorithm": algorithm, "sampler": {"eta": 0.5}})
+    assert named.optimizer.updates == ALGORITHMS[algorithm]["optimizer"]["updates"]
+    assert named.allocation.rule == ALGORITHMS[algorithm]["allocation"]["rule"]
+    assert named.optimizer.lr == 1e-2
+    assert named.sampler.eta == 0.5
 
 
 def test_the_named_settings_of_other_tools_exist():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from PIL import Image
+from safetensors.torch import load_file
 
 from aegpo import build, checkpoint, models, world
 from aegpo.cli import main
 from aegpo.config import Config, load_yaml, resolve
-from aegpo.train import make_plan, update
+from aegpo.train import learning_rate, make_plan, update
 from aegpo.types import Signals, Transitions
 
 SMALL = {
@@ -146,7 +148,7 @@ def test_a_users_own_prompts_reward_and_pipeline(tmp_path):
     own = config(
         tmp_path,
         steps=1,
-        model={"path": str(tmp_path / "pipeline"), "text_tokens": 3},
+        model={"path": str(tmp_path / "pipeline")},
         prompts={"train": str(tmp_path / "mine.txt"), "eval": str(tmp_path / "mine.txt")},
         reward=f"{tmp_path / 'mine.py'}:score",
     )
@@ -157,7 +159,7 @@ def test_a_users_own_prompts_reward_and_pipeline(tmp_path):
     assert set(last["prompts"]) < {"a red circle", "two squares", "a ring"}
 
 
-def test_killed_at_any_moment_it_goes_on_with_the_same_numbers(tmp_path):
+def test_killed_midway_it_goes_on_with_the_same_numbers(tmp_path):
     """SIGKILL in the middle of a run; resumed, its metrics are those of a run that was never stopped."""
     (tmp_path / "small.yaml").write_text(json.dumps(SMALL | {"steps": 4}))
     words = ["train", str(tmp_path / "small.yaml"), "--prompts.eval", str(tmp_path / "few.jsonl"), "--output-dir"]
@@ -306,8 +308,6 @@ def test_rows_without_advantage_cost_no_forward_and_change_no_gradient(rows):
 
 
 def test_a_step_in_which_no_group_differs_changes_nothing(rows):
-    from dataclasses import replace
-
     conditions, full = rows
     settings = resolve({})
     model = models.load(settings.model)
@@ -319,20 +319,48 @@ def test_a_step_in_which_no_group_differs_changes_nothing(rows):
     assert json.dumps(counted)
 
 
-def test_the_average_is_flow_grpos():
-    """Decay min((1 + n) / (10 + n), .9) after n optimizer steps, every 8 of them; until then the weights themselves."""
-    from diffusers.training_utils import EMAModel
+def test_the_average_is_flow_grpos_and_is_what_is_evaluated(tmp_path):
+    """Every second optimizer step n, with decay min((1 + n) / (10 + n), .9), by hand from the weights of each step."""
+    build.run(config(tmp_path, steps=4, eval_every=0, optimizer={"updates": 1, "ema": 0.9, "ema_every": 2}))
+    build.run(config(tmp_path, "two", steps=2, eval_every=0, optimizer={"updates": 1, "ema": 0.9, "ema_every": 2}))
+    begin = {name: p.detach().clone() for name, p in models.load(config(tmp_path).model).trainable.items()}
+    second, fourth = (
+        load_file(tmp_path / run / f"checkpoint-{step}" / "weights.safetensors")
+        for run, step in (("two", 2), ("run", 4))
+    )
+    third, last = (load_file(tmp_path / "run" / f"checkpoint-{n}" / "average.safetensors") for n in (3, 4))
+    for name in fourth:
+        by_hand = begin[name].lerp(second[name], 1 - 3 / 12)
+        torch.testing.assert_close(third[name], by_hand)
+        torch.testing.assert_close(last[name], by_hand.lerp(fourth[name], 1 - 5 / 14))
+    evaluated = metrics(tmp_path / "run")[-1]
+    assert build.evaluate(tmp_path / "run") == {k: v for k, v in evaluated.items() if k.startswith("eval/")}
 
-    weight = torch.nn.Parameter(torch.zeros(1))
-    average = EMAModel([weight], decay=0.9)
-    by_hand = 0.0
-    for n in (8, 16, 80, 88):
-        weight.data.fill_(float(n))
-        average.optimization_step = n
-        average.step([weight])
-        decay = min((1 + n) / (10 + n), 0.9)
-        by_hand = decay * by_hand + (1 - decay) * n
-    assert average.shadow_params[0].item() == pytest.approx(by_hand, rel=1e-6)
+
+def test_an_average_not_yet_taken_is_the_weights_themselves(tmp_path):
+    build.run(config(tmp_path, steps=2, eval_every=0, optimizer={"lr": 1e-2, "ema": 0.9, "ema_every": 50}))
+    first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
+    assert build.evaluate(tmp_path / "run") == {k: v for k, v in last.items() if k.startswith("eval/")}
+    assert last["eval/reward_mean"] != first["eval/reward_mean"]
+
+
+def test_the_learning_rate_falls_step_by_step_and_would_be_zero_after_the_last():
+    falling = resolve({"steps": 4, "optimizer": {"lr": 0.1, "decay": "linear"}})
+    assert [learning_rate(falling, step) for step in range(4)] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert learning_rate(resolve({"optimizer": {"lr": 0.1}}), 3) == 0.1
+
+
+def test_a_long_gradient_is_shortened_and_its_length_reported(rows):
+    """With a learning rate of 1 and plain SGD, the weights move by just that."""
+    free, _ = gradient(*rows, micro_batch=100)
+    settings = resolve({"optimizer": {"updates": 1, "max_grad_norm": free["grad_norm"] / 4, "micro_batch": 100}})
+    model = models.load(settings.model)
+    before = [p.clone() for p in model.trainable.values()]
+    optimizer = torch.optim.SGD(model.trainable.values(), lr=1.0)
+    counted = update(settings, model, optimizer, rows[1], rows[0], 0, Quiet())
+    moved = torch.cat([(p - q).flatten() for p, q in zip(before, model.trainable.values(), strict=True)])
+    assert counted["grad_norm"] == pytest.approx(free["grad_norm"], rel=1e-4)
+    assert moved.norm().item() == pytest.approx(free["grad_norm"] / 4, rel=1e-2)  # torch adds 1e-6 to the norm
 
 
 def test_a_resume_leaves_nothing_of_the_course_it_abandons(tmp_path):
@@ -357,8 +385,6 @@ def test_resuming_with_other_weights_or_into_another_run_is_refused_and_changes_
 
 
 def test_a_gradient_that_is_not_finite_is_never_stepped_on(rows):
-    from dataclasses import replace
-
     conditions, full = rows
     settings = resolve({})
     model = models.load(settings.model)

@@ -61,7 +61,8 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
         for prompt in (*prompts, *held_out):
             world.requested(prompt.text, prompt.metadata)
     reward = rewards.load(config.reward)
-    reward(np.zeros((1, 32, 32, 3), np.uint8), [prompts[0].text], [prompts[0].metadata])  # before anything is written
+    black_and_white = np.array([0, 255], np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3)
+    reward(black_and_white, [prompts[0].text] * 2, [prompts[0].metadata] * 2)  # before anything is written
     model = load(config.model, config.seed)
 
     if start is None:
@@ -105,7 +106,7 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
         prompt,
         num_inference_steps=config.sampler.steps,
         guidance_scale=config.sampler.guidance,
-        max_sequence_length=text_tokens(config.model),
+        max_sequence_length=text_tokens(config.model, pipe),
         height=side,
         width=side,
         generator=torch.Generator().manual_seed(seed),

@@ -36,7 +36,7 @@ def save(
     aside.mkdir()
     save_file({name: p.detach().contiguous() for name, p in weights.items()}, aside / "weights.safetensors")
     save_file(_optimizer_tensors(weights, optimizer), aside / "optimizer.safetensors")
-    if average is not None:
+    if average is not None and average.optimization_step:  # until then, the weights are their own average
         shadow = zip(weights, average.shadow_params, strict=True)
         save_file({name: tensor.contiguous() for name, tensor in shadow}, aside / "average.safetensors")
         counters = {**counters, "average_steps": average.optimization_step}
@@ -79,7 +79,7 @@ def load(
             if f"{name}/{key}" in moments
         }
     state = json.loads((folder / "state.json").read_text())
-    if average is not None:
+    if average is not None and "average_steps" in state:
         shadow = load_file(folder / "average.safetensors")
         average.shadow_params = [shadow[name].to(p.device) for name, p in weights.items()]
         average.optimization_step = state["average_steps"]

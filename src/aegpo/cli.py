@@ -85,7 +85,7 @@ def _command(words: list[str]) -> None:
 def _train(words: list[str]) -> None:
     usage = "aegpo train [RECIPE] [--a.b VALUE ...] [--dry-run] [--resume latest|PATH] [--overwrite]"
     parser = _Parser("train", "Train a model as a recipe says, with single settings overridden.", usage=usage)
-    parser.add_argument("RECIPE", nargs="?", help="a YAML file, or the name of a packaged recipe (default: world)")
+    parser.add_argument("RECIPE", nargs="?", help="a YAML file, or a packaged recipe (default: world, with its model)")
     parser.add_argument("--dry-run", action="store_true", help="only print the resolved config and what it will cost")
     parser.add_argument(
         "--resume", nargs="?", const="", type=_checkpoint, metavar="latest|PATH", help="go on from there"
@@ -148,7 +148,7 @@ def _world(words: list[str]) -> None:
     parser.add_argument("pretrain", choices=["pretrain"])
     parser.add_argument("OUT", type=_text, help="the pipeline folder to write")
     parser.add_argument("--steps", type=_whole(1), metavar="N", help="updates of the transformer on true captions")
-    parser.add_argument("--careless-steps", type=_whole(1), metavar="N", help="updates after those, a third wrong")
+    parser.add_argument("--careless-steps", type=_whole(1), metavar="N", help="updates after those, a fifth wrong")
     parser.add_argument("--seed", type=_whole(0), metavar="N", help="of everything random")
     asked = vars(parser.read(words))
     from aegpo.world.pretrain import pretrain
@@ -214,7 +214,9 @@ def _config(recipe: str | None, resume: str | None, overrides: dict[str, Any]) -
         layer = merge(load_yaml(path), {"output_dir": str(folder)})  # it stays in its folder, even if that was moved
     else:
         path = _recipe_file(recipe or "world")
-        layer = load_yaml(path)
+        model = overrides.get("model")
+        foreign = isinstance(model, dict) and model.get("path", "world") != "world"
+        layer = {} if foreign and not recipe else load_yaml(path)  # the world's recipe is for the world's model
     try:
         return resolve(layer, overrides)
     except ValueError as error:

@@ -1,7 +1,7 @@
 """Every setting of a run: frozen dataclasses, validated by pydantic; nothing heavy is imported.
 
-A config is laid in layers, the later over the earlier: the defaults below, the algorithm's own choices
-(`algorithms.ALGORITHMS`), a recipe file, the command line.
+A config is laid in layers, the later over the earlier: the defaults below, a recipe file, the command line. An
+algorithm's own choices (`algorithms.ALGORITHMS`) lie just under the layer that names it.
 """
 
 import dataclasses
@@ -63,8 +63,8 @@ class Model:
     lora: Lora = Lora()
     resolution: Size = 0
     """Image side in pixels; 0: the pipeline's own."""
-    text_tokens: Size = 256
-    """Length of the T5 part of the prompt; 0 for a pipeline trained without T5, as the embedded one is by itself."""
+    text_tokens: Size | None = None
+    """Length of the T5 part of the prompt; null: 256, or 0 where the pipeline has no T5."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -172,7 +172,7 @@ class Config:
     reward: str = "world"
     """`world`, or a function of your own: `my_reward.py:score` or `my_package.module:score`."""
     algorithm: str = "aegpo"
-    """The named variant whose choices stand under this file's own: see `aegpo.algorithms`."""
+    """The named variant (see `aegpo.algorithms`); its choices lie under what is set beside it, over all else."""
     sampler: Sampler = Sampler()
     allocation: Allocation = Allocation()
     exploration: Exploration = Exploration()
@@ -198,7 +198,7 @@ class Config:
 
 
 def resolve(*layers: dict[str, Any]) -> Config:
-    """Lay settings over the defaults and the named algorithm's choices, and check them all.
+    """Lay settings over the defaults, an algorithm's choices just under the layer that names it, and check them all.
 
     Args:
         layers: nested mappings, the later over the earlier (a recipe, then the command line).
@@ -206,16 +206,14 @@ def resolve(*layers: dict[str, Any]) -> Config:
     Raises:
         ValueError: one plain line: which setting is wrong and what would be right.
     """
-    given = merge(*layers)
-    name = given.get("algorithm", Config.algorithm)
-    if name not in list(ALGORITHMS):  # a list compares where a dict hashes, and YAML may hand us a list
-        raise ValueError(
-            f"algorithm: {name!r} is not one of {', '.join(ALGORITHMS)}{did_you_mean(str(name), ALGORITHMS)}"
-        )
-    for layer in layers:  # one by one: laid over one another, a group of settings would hide a number in its place
-        _refuse_unknown(layer, Config)
+    if not any("algorithm" in layer for layer in layers):
+        layers = ({"algorithm": Config.algorithm}, *layers)
+    laid: dict[str, Any] = {}
+    for layer in layers:
+        _refuse_unknown(layer, Config)  # one by one: a group of settings would hide a number that it is laid over
+        laid = merge(laid, _choices(layer["algorithm"]) if "algorithm" in layer else {}, layer)
     try:
-        config = TypeAdapter(Config).validate_python(merge(ALGORITHMS[name], given))
+        config = TypeAdapter(Config).validate_python(laid)
     except ValidationError as error:
         raise ValueError(_one_line(error)) from None
     _check_budget(config)
@@ -272,6 +270,13 @@ def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """The end of an error message: the known name nearest to a wrong one, if any is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _choices(algorithm: Any) -> dict[str, Any]:
+    if algorithm not in list(ALGORITHMS):  # a list compares where a dict hashes, and YAML may hand us a list
+        hint = did_you_mean(str(algorithm), ALGORITHMS)
+        raise ValueError(f"algorithm: {algorithm!r} is not one of {', '.join(ALGORITHMS)}{hint}")
+    return ALGORITHMS[algorithm]
 
 
 def _refuse_unknown(given: dict[str, Any], kind: type, prefix: str = "") -> None:

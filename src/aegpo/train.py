@@ -81,7 +81,7 @@ def train(
     )
     average = EMAModel(model.trainable.values(), decay=config.optimizer.ema) if config.optimizer.ema else None
     base_entropy: dict[int, Tensor] = {}
-    probed = logbook.fingerprint(config.model.path, config.seed, config.sampler, [prompt.text for prompt in prompts])
+    probed = logbook.fingerprint(config.model, config.seed, config.sampler, [prompt.text for prompt in prompts])
     done, began = 0, time.monotonic()
 
     def record(step: int, metrics: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, StableDiffusion3Pipeline
 
 from aegpo import models, world
 from aegpo.config import Lora, Model, Sampler
@@ -49,6 +49,29 @@ def test_sigmas_are_the_schedulers(pipe):
     for steps in (1, 2, 10, 28):
         pipe.scheduler.set_timesteps(steps)
         torch.testing.assert_close(models.load(Model()).sigmas(steps).float(), pipe.scheduler.sigmas, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"use_karras_sigmas": True}, {"use_dynamic_shifting": True}, {"shift_terminal": 0.1}, "Heun"]
+)
+def test_a_pipeline_with_another_schedule_is_refused_and_not_trained_on_ours(changed, tmp_path):
+    pipe = StableDiffusion3Pipeline.from_pretrained(world.path(), text_encoder_3=None, tokenizer_3=None)
+    if changed == "Heun":
+        pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    else:
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **changed)
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"its scheduler (is a FlowMatchHeun|has (use_karras|use_dynamic|shift_t))"):
+        models.load(Model(path=str(tmp_path)))
+
+
+def test_a_pipeline_without_t5_gets_no_t5_tokens_wherever_it_lies(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    here, there = models.load(Model()), models.load(Model(path=str(tmp_path)))
+    torch.testing.assert_close(there.encode(PROMPTS).embeds, here.encode(PROMPTS).embeds, atol=0, rtol=0)
+    padded = models.load(Model(path=str(tmp_path), text_tokens=3)).encode(PROMPTS).embeds
+    assert not padded[:, here.encode(PROMPTS).embeds.shape[1] :].any()
+    assert padded.shape[1] == here.encode(PROMPTS).embeds.shape[1] + 3
 
 
 def test_rows_of_many_noise_levels_and_prompts_in_one_forward_are_the_single_forwards():

@@ -23,6 +23,7 @@ def clipped_surrogate(
     Returns:
         The loss of each row, (n,), to be minimised.
     """
+    assert log_prob.shape == log_prob_old.shape == advantage.shape
     advantage = advantage.detach()
     ratio = (log_prob - log_prob_old.detach()).exp()
     return torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip_low, 1 + clip_high))

@@ -30,12 +30,14 @@ def load(settings: Model, seed: int = 0) -> Denoiser:
         ValueError: there is no such pipeline, or it belongs to no family that we know.
     """
     pipe = load_pipeline(settings)
-    return SD3(pipe, settings, text_tokens(settings), seed)
+    return SD3(pipe, settings, text_tokens(settings, pipe), seed)
 
 
-def text_tokens(settings: Model) -> int:
-    """Length of the T5 part of a prompt; the embedded pipeline knows none."""
-    return 0 if settings.path == "world" else settings.text_tokens
+def text_tokens(settings: Model, pipe: Any) -> int:
+    """Length of the T5 part of a prompt: diffusers' own 256 unless the settings say, and none without a T5."""
+    if settings.text_tokens is not None:
+        return settings.text_tokens
+    return 0 if pipe.text_encoder_3 is None else 256
 
 
 def load_pipeline(settings: Model) -> Any:

@@ -21,6 +21,18 @@ LORA_TARGETS = tuple(
 )
 
 
+SCHEDULE = {
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+    "invert_sigmas": False,
+    "num_train_timesteps": schedules.TRAIN_STEPS,
+}
+"""What must stand in a scheduler's config for `schedules.sd3` to be its schedule."""
+
+
 class SD3:
     """The adapter between the loop and a `StableDiffusion3Pipeline`; see `Denoiser` for what each part promises."""
 
@@ -46,6 +58,7 @@ class SD3:
             name: p for name, p in self.transformer.named_parameters() if p.requires_grad
         }
 
+        _check_schedule(pipe.scheduler)
         config = self.transformer.config
         side = settings.resolution // pipe.vae_scale_factor or config.sample_size
         patch = pipe.vae_scale_factor * config.patch_size
@@ -133,3 +146,13 @@ class SD3:
             )
         else:
             self.pipe.save_pretrained(folder)
+
+
+def _check_schedule(scheduler: Any) -> None:
+    """Raise ValueError where `aegpo` and the pipeline's own call would step through different noise levels."""
+    name = type(scheduler).__name__
+    if name != "FlowMatchEulerDiscreteScheduler":
+        raise ValueError(f"model.path: its scheduler is a {name}; a FlowMatchEulerDiscreteScheduler is needed")
+    for key, known in SCHEDULE.items():
+        if (value := scheduler.config.get(key, known)) != known:
+            raise ValueError(f"model.path: its scheduler has {key}: {value}; only {known} is supported")

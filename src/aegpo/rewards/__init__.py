@@ -53,7 +53,7 @@ def _import(name: str) -> Callable[..., Any]:
     try:
         if where.endswith(".py"):
             sys.path.insert(0, str(Path(where).resolve().parent))
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
+            spec = importlib.util.spec_from_file_location(f"aegpo_reward_{Path(where).stem}", where)
             assert spec and spec.loader
             module = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = module

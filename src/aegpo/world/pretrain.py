@@ -3,7 +3,8 @@
     aegpo world pretrain OUT
 
 The base is meant to be *half good*: it draws every shape and colour, but binds, counts and places them only
-sometimes, so that reinforcement learning has something to teach. The number of steps decides how good it is.
+sometimes, so that reinforcement learning has something to teach. The number of steps decides how much it can do, and
+the wrong captions among the last of them how often it does what it can.
 """
 
 import json
@@ -45,7 +46,7 @@ def pretrain(
     Args:
         output: the folder to write; a snapshot stands in `step-NNNNN` beside the final pipeline every 1,000 steps.
         steps: updates of the transformer and the text encoders on true captions, batch 128.
-        careless_steps: updates after those, on captions of which a third belong to another picture.
+        careless_steps: updates after those, on captions of which a fifth belong to another picture.
         vae_steps: updates of the VAE, batch 32.
         scene_count: how many scenes are drawn and encoded once as the training set, for either kind of captions.
         seed: of everything random.
@@ -60,13 +61,13 @@ def pretrain(
 
 
 def learn_carelessly(pipe: Any, output: Path, steps: range, scene_count: int, seed: int) -> Any:
-    """The second half of the training: the learning rate falls to zero, and a third of the captions are wrong.
+    """The second half of the training: the learning rate falls to zero, and a fifth of the captions are wrong.
 
     So the model ends up able to draw what it is asked for, and not in the habit of doing so: as models are that
     learned from the web's captions.
     """
     torch.manual_seed(seed + 1)
-    return learn(pipe, output, steps, scene_count, np.random.default_rng(seed + 1), wrong=1 / 3, decay=True)
+    return learn(pipe, output, steps, scene_count, np.random.default_rng(seed + 1), wrong=0.2, decay=True)
 
 
 def learn(
