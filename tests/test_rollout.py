@@ -14,6 +14,7 @@ from aegpo.types import Plan, Prompt
 
 PROMPTS = [Prompt(4, "a red circle", {}), Prompt(9, "two squares", {}), Prompt(11, "a cross above a ring", {})]
 SAMPLER = Sampler(steps=6)
+AWM = Sampler(steps=6, kind="awm")
 
 
 def settings(sampler=SAMPLER, batch=10, images=2):
@@ -101,10 +102,57 @@ def test_explored_steps_are_mean_plus_std_times_keyed_noise_and_others_are_ode(m
     assert np.abs(model.decode(x).astype(int) - drawn.images[3:4]).max() <= 1
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_first_ratio_is_one_to_the_bit_in_the_same_batch_shape(model, guidance):
+def test_matching_brings_finished_images_back_to_the_explored_noise_levels(model):
+    """Images are the noiseless ones; a row is (1 - s) x0 + s e, with keyed e, and goes straight to x0."""
+    conditions, drawn = rollouts(model, batch=4, sampler=AWM)
+    first = torch.stack([noise((4, 8, 8), 0, 0, 3, 9, i, 0) for i in range(5)])
+    clean, _ = denoise(model, first, conditions, torch.ones(5, dtype=torch.long), AWM)
+    assert np.abs(model.decode(clean).astype(int) - drawn.images[2:7]).max() <= 1
+    rows, sigmas = drawn.transitions, model.sigmas(6).float()
+    seen = sorted(zip(rows.rollout.tolist(), rows.prompt.tolist(), rows.step.tolist(), strict=True))
+    assert seen == [(i, 0, t) for i in (0, 1) for t in (0, 2)] + [(i, 1, t) for i in range(2, 7) for t in (1, 2, 3)] + [
+        (i, 2, 4) for i in (7, 8, 9)
+    ]
+    for row in (rows.prompt == 1).nonzero().flatten().tolist():
+        i, t = rows.rollout[row].item() - 2, rows.step[row].item()
+        torch.testing.assert_close(rows.x_next[row], clean[i], atol=1e-4, rtol=1e-4)
+        e = noise((4, 8, 8), 0, 0, 3, 9, i, t + 1)
+        torch.testing.assert_close(rows.x[row], (1 - sigmas[t]) * clean[i] + sigmas[t] * e, atol=1e-4, rtol=1e-4)
+
+
+def test_matching_is_pretrainings_loss_weighed_by_advantages_and_held_by_the_velocity():
+    """The gradient is that of `A |v - (e - x0)|^2 + kl |v - v_base|^2`, and of RAM's regression (arXiv 2605.10759).
+
+    RAM regresses onto `v_base + w A ((e - x0) - v)`, held fixed, with w = 1 / kl; kl times its gradient is the same.
+    """
+    model = models.load(Model())
+    with torch.no_grad():
+        for i, parameter in enumerate(model.trainable.values()):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    conditions, drawn = rollouts(model, batch=10, sampler=AWM)
+    rows, kl = drawn.transitions.with_advantages(torch.linspace(-1, 2, 10)), 0.3
+    config = Config(sampler=AWM, loss=Loss(kl=kl))
+    weights = list(model.trainable.values())
+    ours = torch.autograd.grad(objective(config, model, rows, conditions).value, weights)
+
+    sigma = model.sigmas(6)[rows.step].float()
+    target = (rows.x - rows.x_next) / sigma[:, None, None, None]
+    v = model.predict(rows.x, sigma, conditions, rows.prompt, 1.0)
+    with torch.no_grad(), model.reference():
+        v_base = model.predict(rows.x, sigma, conditions, rows.prompt, 1.0)
+    advantage = rows.advantage[:, None, None, None]
+    plain = advantage * (v - target).square() + kl * (v - v_base).square()
+    ram = kl * (v - (v_base + advantage / kl * (target - v)).detach()).square()
+    for loss in (plain, ram):
+        theirs = torch.autograd.grad(loss.mean((1, 2, 3)).sum(), weights, retain_graph=True)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-3)
+    assert max(g.abs().max() for g in ours) > 1e-3
+
+
+@pytest.mark.parametrize("sampler", [SAMPLER, Sampler(steps=6, guidance=3.0), AWM], ids=["sde", "guided", "matching"])
+def test_first_ratio_is_one_to_the_bit_in_the_same_batch_shape(model, sampler):
     """Every rollout explores step 2 alone, so its rows stand in one batch in the rollout and in the update alike."""
-    sampler = Sampler(steps=6, guidance=guidance)
     config = settings(sampler)
     conditions = model.encode([prompt.text for prompt in PROMPTS])
     explored = torch.zeros(3, 6, dtype=torch.bool)
@@ -114,11 +162,12 @@ def test_first_ratio_is_one_to_the_bit_in_the_same_batch_shape(model, guidance):
     assert loss.metrics["ratio/first_error"].item() == 0.0
 
 
-def test_first_ratio_is_one_in_any_other_batch_shape(model):
-    conditions, drawn = rollouts(model, batch=4)
+@pytest.mark.parametrize("sampler", [SAMPLER, AWM], ids=["sde", "matching"])
+def test_first_ratio_is_one_in_any_other_batch_shape(model, sampler):
+    conditions, drawn = rollouts(model, batch=4, sampler=sampler)
     rows = drawn.transitions
     for micro in torch.randperm(len(rows)).split(5):
-        error = objective(Config(sampler=SAMPLER), model, rows[micro], conditions).metrics["ratio/first_error"]
+        error = objective(Config(sampler=sampler), model, rows[micro], conditions).metrics["ratio/first_error"]
         assert error.item() < 1e-6
 
 

@@ -58,8 +58,9 @@ def metrics(run, without=("seconds",)):
         {"algorithm": "flow-grpo"},
         {"model": {"train": "full"}, "optimizer": {"ema": 0.5, "ema_every": 1}},
         {"exploration": {"rule": "delta_entropy_peaks"}, "sampler": {"guidance": 2.0}},
+        {"sampler": {"kind": "awm"}, "loss": {"kl": 0.3}},
     ],
-    ids=["aegpo", "flow-grpo", "full-ema", "guided"],
+    ids=["aegpo", "flow-grpo", "full-ema", "guided", "matching"],
 )
 def test_two_runs_are_the_same_to_the_bit_and_so_is_one_that_was_resumed(tmp_path, changes):
     build.run(config(tmp_path, "one", **changes))

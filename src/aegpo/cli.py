@@ -280,7 +280,11 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     batches = (updates - longer) * math.ceil(share / most) + longer * math.ceil((share + 1) / most)
     probed = needs_probe(config)
     twice, guided = (2, " x 2 for guidance") if config.sampler.guidance != 1 else (1, "")
-    passes, reference = (4, " + 1 reference") if config.loss.kl > 0 else (3, "")
+    passes, extra = 3, ""
+    if config.loss.kl > 0:
+        passes, extra = passes + 1, extra + " + 1 reference"
+    if config.sampler.kind == "awm":
+        passes, extra = passes + 1, extra + " + 1 before the update"
     sampling, probe, training = twice * rollouts * steps, twice * prompts * steps * probed, twice * rows * passes
     step = sampling + probe + training
     return [
@@ -291,7 +295,7 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
         ("micro-batches", f"of at most {most} rows", batches),
         ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{guided}", sampling),
         ("probe evaluations", f"{prompts} prompts x {steps} steps{guided}" if probed else "no rule needs it", probe),
-        ("training evaluations", f"{rows} rows x (1 forward + 2 backward{reference}){guided}, at most", training),
+        ("training evaluations", f"{rows} rows x (1 forward + 2 backward{extra}){guided}, at most", training),
         ("evaluations a step", "", step),
         ("base probe", "the same for the base, at a prompt's first visit" if probed else "no rule needs it", probe),
         ("evaluations in all", f"{config.steps} steps, base probes not counted, at most", config.steps * step),

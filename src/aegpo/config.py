@@ -79,14 +79,15 @@ class Prompts:
 
 @dataclass(frozen=True, config=_STRICT)
 class Sampler:
-    """How an image is drawn (arXiv 2505.05470, 2505.07818, 2509.05952)."""
+    """How an image is drawn (arXiv 2505.05470, 2505.07818, 2509.05952, 2509.25050)."""
 
     steps: Pair = 10
     """Denoising steps of rollouts and evaluations."""
-    kind: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
-    """The noisy transition used at explored steps; all others are ODE."""
+    kind: Literal["flow_sde", "dance_sde", "cps", "awm"] = "flow_sde"
+    """The noisy transition at explored steps; all others are ODE. With `awm` (arXiv 2509.25050) rollouts are ODE
+    throughout, and an explored step is a noise level to which the finished image is brought back and trained at."""
     eta: Positive = 0.7
-    """Noise scale of that transition."""
+    """Noise scale of that transition; `awm` has none."""
     guidance: AtLeastOne = 1.0
     """Classifier-free guidance, the same in rollouts and training; 1 is off and costs half."""
 

@@ -4,6 +4,7 @@ Noise is keyed by what it is for, never by where it stands in a batch: a rollout
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,11 @@ ROLLOUT, PROBE, EVALUATION = 0, 1, 2  # what noise is for: the first number of i
 def noise(shape: tuple[int, ...], *key: int) -> Tensor:
     """Standard normal noise that depends on the key alone; float32, on the CPU."""
     return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, dtype=np.float32))
+
+
+def _noise_of_step(shape: tuple[int, ...], keys: Sequence[tuple[int, ...]], i: int, step: int) -> Tensor:
+    """The noise of a rollout's denoising step; number 0 is that of its first latent."""
+    return noise(shape, *keys[i], step + 1)
 
 
 def _first_latents(model: Denoiser, keys: Sequence[tuple[int, ...]]) -> Tensor:
@@ -76,17 +82,15 @@ def collect(
     ]
     for part in torch.arange(len(names)).split(config.optimizer.micro_batch):
         keys = [(ROLLOUT, config.seed, step, *names[i]) for i in part.tolist()]
-        x, explored = denoise(
-            model,
-            _first_latents(model, [(*key, 0) for key in keys]),
-            conditions,
-            plan.group[part],
-            config.sampler,
-            plan.explored[plan.group[part]],
-            lambda i, t, keys=keys: noise(model.latent_shape, *keys[i], t + 1),
-        )
+        x, prompt = _first_latents(model, [(*key, 0) for key in keys]), plan.group[part]
+        explored, fresh = plan.explored[prompt], partial(_noise_of_step, model.latent_shape, keys)
+        if config.sampler.kind == "awm":
+            x, _ = denoise(model, x, conditions, prompt, config.sampler)
+            explored_rows = revisit(model, x, conditions, prompt, config, explored, fresh)
+        else:
+            x, explored_rows = denoise(model, x, conditions, prompt, config.sampler, explored, fresh)
         images.append(model.decode(x))
-        rows += [Transitions(**{**vars(row), "rollout": part[row.rollout]}) for row in explored]
+        rows += [Transitions(**{**vars(row), "rollout": part[row.rollout]}) for row in explored_rows]
         progress(len(part))
     transitions = Transitions(**{name: torch.cat([getattr(row, name) for row in rows]) for name in vars(rows[0])})
     return Rollouts(np.concatenate(images), plan.group, transitions)
@@ -155,3 +159,53 @@ def denoise(
             )
         x = x_next
     return x, rows
+
+
+@torch.no_grad()
+def revisit(
+    model: Denoiser,
+    x0: Tensor,
+    conditions: Conditions,
+    prompt: Tensor,
+    config: Config,
+    explored: Tensor,
+    fresh: Callable[[int, int], Tensor],
+) -> list[Transitions]:
+    """Clean latents brought back to their explored steps, as transitions from there to what they were.
+
+    This is how advantage-weighted matching (arXiv 2509.25050) explores: rollouts differ by their first noise alone, and
+    what is trained is the prediction of a good image, and against that of a bad one, from any noise level.
+
+    Args:
+        model: the policy that drew the latents.
+        x0: clean latents, float32 (B, ...).
+        conditions: the encoded prompts.
+        prompt: int64 (B,), the row of the conditions that each latent belongs to.
+        config: its sampler, and `optimizer.micro_batch` for the forwards.
+        explored: bool (B, N).
+        fresh: noise for (latent, denoising step).
+
+    Returns:
+        The transitions, `rollout` counting the latents of this batch.
+    """
+    sigmas = model.sigmas(config.sampler.steps)
+    rows = []
+    for part in explored.nonzero().split(config.optimizer.micro_batch):
+        which, step = part.unbind(1)
+        clean, sigma = x0[which.to(x0.device)], sigmas[step].to(x0)
+        e = torch.stack([fresh(i, t) for i, t in part.tolist()]).to(x0.device)
+        x = torch.lerp(clean, e, sigma.reshape(-1, *[1] * (x0.ndim - 1)))
+        velocity = model.predict(x, sigma, conditions, prompt[which], config.sampler.guidance)
+        mean, std = transition(x, velocity, sigma, 0.0, config.sampler.kind, config.sampler.eta)
+        rows.append(
+            Transitions(
+                x=x,
+                x_next=clean,
+                step=step,
+                prompt=prompt[which],
+                rollout=which,
+                log_prob=log_prob(clean, mean, std),
+                advantage=torch.zeros(len(which), device=x.device),
+            )
+        )
+    return rows

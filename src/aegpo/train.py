@@ -253,7 +253,7 @@ def objective(config: Config, model: Denoiser, rows: Transitions, conditions: Co
         with torch.no_grad(), model.reference():
             base_mean, _ = transition_mean()
         # Flow-GRPO divides by 2 g^2, not by an SDE's true variance g^2 h: its weight belongs to h times the divergence.
-        factor = 1.0 if sampler.kind == "cps" else sigma - sigma_next
+        factor = sigma - sigma_next if sampler.kind.endswith("_sde") else 1.0
         divergence = gaussian_kl(mean, base_mean, std) * factor
         loss = loss + config.loss.kl * divergence
         metrics["kl"] = divergence.detach().sum()

@@ -342,6 +342,7 @@ SPLIT = {
     "allocation": {"rule": "median_split"},
     "exploration": {"rule": "window"},
 }
+MATCHED = PROBED | {"sampler": {"kind": "awm"}}  # a fifth pass, for the log-probability before the update
 ROWS = ("rollouts", "explored steps", "rows", "optimizer updates", "micro-batches")
 COSTS = ("sampling evaluations", "probe evaluations", "training evaluations", "evaluations a step", "base probe")
 TOTALS = ("evaluations in all", "base probes in all")
@@ -353,9 +354,10 @@ TOTALS = ("evaluations in all", "base probes in all")
         (GUIDED, (50, 3, 150, 4, 6), (800, 64, 1200, 2064, 64), (14_448, 448)),
         (PLAIN, (24, 4, 96, 2, 2), (120, 0, 288, 408, 0), (4_080, 0)),
         (PROBED, (96, 2, 192, 2, 4), (960, 80, 768, 1808, 80), (5_424, 240)),
+        (MATCHED, (96, 2, 192, 2, 4), (960, 80, 960, 2000, 80), (6_000, 240)),
         (SPLIT, (96, 4, 384, 2, 8), (960, 80, 1536, 2576, 80), (2_576, 80)),
     ],
-    ids=["guided", "plain", "probed", "split"],
+    ids=["guided", "plain", "probed", "matched", "split"],
 )
 def test_the_dry_run_counts_what_a_step_costs(
     recipe: dict[str, Any],

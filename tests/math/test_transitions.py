@@ -267,3 +267,20 @@ def test_unknown_choices_are_named():
         step("euler", 0.7)
     with pytest.raises(ValueError, match="mean, sum"):
         log_prob(scalar(1.0), scalar(1.0), scalar(1.0), "max")  # pyright: ignore[reportArgumentType]
+
+
+def test_matching_is_the_loss_of_pretraining():
+    """Its log-probability of x0 is -mean |v - (e - x0)|^2 but for a constant, and its divergence mean |v - v_ref|^2."""
+    x0, e, v, v_ref = torch.randn(4, 5, 3, 2, 2, dtype=torch.float64)
+    s = torch.tensor([1.0, 0.9, 0.5, 0.2, 0.01], dtype=torch.float64)
+    wide = s[:, None, None, None]
+    x = (1 - wide) * x0 + wide * e
+    mean, std = transition(x, v, s, 0.0, "awm", eta=0.7)
+    ref, _ = transition(x, v_ref, s, 0.0, "awm", eta=0.7)
+    constant = -(wide.flatten() / 2**0.5).log() - math.log(2 * math.pi) / 2
+    expected = -(v - (e - x0)).square().mean((1, 2, 3)) + constant
+    torch.testing.assert_close(log_prob(x0, mean, std), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gaussian_kl(mean, ref, std), (v - v_ref).square().mean((1, 2, 3)), rtol=1e-9, atol=1e-9)
+    elsewhere, same = transition(x, v, s, s / 2, "awm", eta=0.1)
+    assert torch.equal(elsewhere, mean)
+    assert torch.equal(same, std)

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Kind = Literal["ode", "flow_sde", "dance_sde", "cps"]
+Kind = Literal["ode", "flow_sde", "dance_sde", "cps", "awm"]
 Reduction = Literal["mean", "sum"]
 
 
@@ -38,9 +38,14 @@ def transition(
     | `flow_sde` | `s' - g^2 h / (2 s)` | `g sqrt(h)`, `g = eta sqrt(s / (1 - s))` | Flow-GRPO, arXiv 2505.05470 |
     | `dance_sde` | the same | the same, with `g = eta` | DanceGRPO, arXiv 2505.07818 |
     | `cps` | `s' cos(eta pi / 2)` | `s' sin(eta pi / 2)` | FlowCPS, arXiv 2509.05952 |
+    | `awm`, to `s' = 0` | 0 | `s / sqrt(2)` | advantage-weighted matching, arXiv 2509.25050 |
 
     Flow-SDE's `g` is infinite at `s = 1`; there, and only there, `1 - s` becomes `1 - sigma_first`.
     The step onto `sigma_next = 0` is deterministic by convention: ask for it as `ode`.
+
+    `awm` is no step of a sampler but the jump from a noised image to the image itself, whatever `sigma_next` is. Its
+    std is the one under which the log-probability of `x0` is, up to a constant, `-|v - (e - x0)|^2`: the loss of
+    pretraining. And the KL between two such is `|v - v_ref|^2`.
 
     Args:
         x: latents, (B, ...). Half precision is widened to fp32 before the arithmetic, fp64 stays fp64.
@@ -48,7 +53,7 @@ def transition(
         sigma: noise level of `x` in (0, 1], one number or one per row, (B,): the rows may stand at different steps.
         sigma_next: noise level after the step in [0, sigma), one number or (B,).
         kind: the sampler.
-        eta: noise strength; at 0 every kind is the ODE. The ODE itself ignores it.
+        eta: noise strength; at 0 every sampler is the ODE. `ode` and `awm` ignore it.
         sigma_first: the schedule's own `sigma[1]`, needed by `flow_sde` wherever `sigma` is 1.
 
     Returns:
@@ -72,6 +77,8 @@ def transition(
         case "cps":
             phi = eta * math.pi / 2
             k, std = s_next * math.cos(phi), s_next * math.sin(phi)
+        case "awm":
+            k, std, s_next = torch.zeros_like(s), s / math.sqrt(2), torch.zeros_like(s)
         case _:
             raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, not {kind!r}")
     x0_hat = x - s * v
