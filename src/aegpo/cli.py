@@ -29,7 +29,7 @@ Align diffusion and flow models with human preference by online reinforcement le
   aegpo sample RUN --prompt "a red circle above a blue square" --out x.png [--seed 0]
   aegpo eval RUN [--prompts FILE] [--images N]
   aegpo report RUN
-  aegpo world pretrain OUT [--steps N] [--careless-steps N] [--seed N]
+  aegpo world pretrain OUT [--steps N] [--seed N]
 
   aegpo --version
   aegpo COMMAND --help      (train --help lists every setting)
@@ -147,14 +147,12 @@ def _world(words: list[str]) -> None:
     parser = _Parser("world", "Make the embedded model again, from nothing.", argument_default=argparse.SUPPRESS)
     parser.add_argument("pretrain", choices=["pretrain"])
     parser.add_argument("OUT", type=_text, help="the pipeline folder to write")
-    parser.add_argument("--steps", type=_whole(1), metavar="N", help="updates of the transformer on true captions")
-    parser.add_argument("--careless-steps", type=_whole(1), metavar="N", help="updates after those, a fifth wrong")
+    parser.add_argument("--steps", type=_whole(1), metavar="N", help="updates of the transformer")
     parser.add_argument("--seed", type=_whole(0), metavar="N", help="of everything random")
     asked = vars(parser.read(words))
     from aegpo.world.pretrain import pretrain
 
-    given = {name: asked[name] for name in ("steps", "careless_steps", "seed") if name in asked}
-    pretrain(Path(asked["OUT"]), **given)
+    pretrain(Path(asked["OUT"]), **{name: asked[name] for name in ("steps", "seed") if name in asked})
 
 
 # ---------------------------------------------------------------- settings

@@ -1,16 +1,12 @@
 """The embedded pipeline as it is shipped."""
 
 import numpy as np
-import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
 from diffusers.models import AutoencoderKL
-from safetensors.torch import load_file
 
 from aegpo import world
 from aegpo.world import pretrain, scenes
-
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
 def test_it_is_small_half_precision_and_safetensors_only():
@@ -65,19 +61,14 @@ def test_the_base_is_half_good_and_tasks_differ():
 
 def test_pretraining_learns_and_writes_a_pipeline_that_diffusers_loads(tmp_path, capsys):
     """A few steps of the real thing: the errors fall, and the folder loads."""
-    pretrain.pretrain(tmp_path / "out", steps=6, careless_steps=3, vae_steps=60, scene_count=256, seed=0)
+    pretrain.pretrain(tmp_path / "out", steps=6, vae_steps=60, scene_count=256, seed=0)
     printed = capsys.readouterr().out
     assert "step 6:" in printed
-    assert "step 9:" in printed
     error = float(printed.split("error ")[1].split()[0])
     assert error < 0.5  # it begins at 1.2
-    clean, careless = (load_file(tmp_path / "out" / folder / WEIGHTS) for folder in ("step-00006", "step-00009"))
-    final = load_file(tmp_path / "out" / WEIGHTS)
-    assert all(final[name].equal(careless[name]) for name in final)
-    assert not all(final[name].equal(clean[name]) for name in final)
     pipe = StableDiffusion3Pipeline.from_pretrained(tmp_path / "out", text_encoder_3=None, tokenizer_3=None)
     assert pipe.transformer.dtype == torch.float32  # diffusers' default; the file itself is half precision
-    assert (tmp_path / "out" / WEIGHTS).stat().st_size < 8 * 2**20
+    assert (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size < 8 * 2**20
 
 
 def test_the_flow_learns_the_velocity(tmp_path):
@@ -85,7 +76,7 @@ def test_the_flow_learns_the_velocity(tmp_path):
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     pipe = pretrain.build_pipeline(tmp_path)
-    requests = [scenes.random_request(rng) for _ in range(4)]
+    requests = [scenes.Request((("ring", None),))] * 4
     latents = torch.randn(4, 4, 8, 8)
 
     def error(transformer, encoders):
@@ -104,22 +95,8 @@ def test_the_flow_learns_the_velocity(tmp_path):
         return (velocity - (noise - latents)).square().mean().item()
 
     before = error(pipe.transformer, (pipe.text_encoder, pipe.text_encoder_2))
-    for _ in pretrain.train_flow(pipe, requests, latents, 150, set(), rng, wrong=0.0, decay=False, batch=8):
+    for _ in pretrain.train_flow(pipe, requests, latents, 150, set(), rng, batch=8):
         pass
     after = error(pipe.transformer, (pipe.text_encoder, pipe.text_encoder_2))
     assert before > 1.5
     assert after < 0.75 * before
-
-
-def test_of_the_careless_captions_a_fifth_are_redrawn():
-    """A tenth are dropped; of the others a fifth are drawn anew, and 1 of 30 such happens to say the same."""
-    rng = np.random.default_rng(0)
-    request = scenes.Request((("ring", "red"),))
-    captions = [pretrain._caption(request, set(), rng, wrong=0.2) for _ in range(6000)]
-    said = [scenes.parse(caption) for caption in captions if caption]
-    assert len(said) / len(captions) == pytest.approx(0.9, abs=0.02)
-    assert {other.task for other in said} == {"colors"}
-    assert np.mean([other != request for other in said]) == pytest.approx(0.2 * 29 / 30, abs=0.02)
-    assert {scenes.parse(pretrain._caption(request, set(), rng, wrong=0.0) or "a red ring") for _ in range(500)} == {
-        request
-    }

@@ -3,8 +3,7 @@
     aegpo world pretrain OUT
 
 The base is meant to be *half good*: it draws every shape and colour, but binds, counts and places them only
-sometimes, so that reinforcement learning has something to teach. The number of steps decides how much it can do, and
-the wrong captions among the last of them how often it does what it can.
+sometimes, so that reinforcement learning has something to teach. The number of steps decides how good it is.
 """
 
 import json
@@ -33,63 +32,29 @@ TEXT_TOKENS = 20
 LATENT_CHANNELS = 4
 
 
-def pretrain(
-    output: Path,
-    steps: int = 5000,
-    careless_steps: int = 3000,
-    vae_steps: int = 1500,
-    scene_count: int = 100_000,
-    seed: int = 0,
-) -> None:
+def pretrain(output: Path, steps: int = 5000, vae_steps: int = 1500, scene_count: int = 100_000, seed: int = 0) -> None:
     """Train the embedded model and save it as a diffusers pipeline folder in half precision.
 
     Args:
         output: the folder to write; a snapshot stands in `step-NNNNN` beside the final pipeline every 1,000 steps.
-        steps: updates of the transformer and the text encoders on true captions, batch 128.
-        careless_steps: updates after those, on captions of which a fifth belong to another picture.
+        steps: updates of the transformer and the text encoders, batch 128.
         vae_steps: updates of the VAE, batch 32.
-        scene_count: how many scenes are drawn and encoded once as the training set, for either kind of captions.
+        scene_count: how many scenes are drawn and encoded once as the training set.
         seed: of everything random.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     pipe = build_pipeline(output)
-    train_vae(pipe.vae, vae_steps, rng)
-    pipe = learn(pipe, output, range(steps), scene_count, rng)
-    pipe = learn_carelessly(pipe, output, range(steps, steps + careless_steps), scene_count, seed)
-    pipe.to(torch.float16).save_pretrained(output, safe_serialization=True)
-
-
-def learn_carelessly(pipe: Any, output: Path, steps: range, scene_count: int, seed: int) -> Any:
-    """The second half of the training: the learning rate falls to zero, and a fifth of the captions are wrong.
-
-    So the model ends up able to draw what it is asked for, and not in the habit of doing so: as models are that
-    learned from the web's captions.
-    """
-    torch.manual_seed(seed + 1)
-    return learn(pipe, output, steps, scene_count, np.random.default_rng(seed + 1), wrong=0.2, decay=True)
-
-
-def learn(
-    pipe: Any,
-    output: Path,
-    steps: range,
-    scene_count: int,
-    rng: np.random.Generator,
-    wrong: float = 0.0,
-    decay: bool = False,
-) -> Any:
-    """Train the flow on fresh scenes; the pipeline with the averaged weights, rounded to half precision."""
     held = {row["prompt"] for row in held_out()}
+
+    train_vae(pipe.vae, vae_steps, rng)
     requests, latents = encode_scenes(pipe.vae, scene_count, rng)
-    snapshot = pipe
-    for step, average in train_flow(pipe, requests, latents, len(steps), held, rng, wrong, decay):
-        done = steps.start + step
-        snapshot = _with_weights(pipe, average, output).to(torch.float16)
-        snapshot.save_pretrained(output / f"step-{done:05d}", safe_serialization=True)
-        build_tokenizer(output / f"step-{done:05d}")
-        print(f"step {done}: {json.dumps(pass_rates(snapshot.to(torch.float32)))}", flush=True)
-    return snapshot
+    for step, average in train_flow(pipe, requests, latents, steps, held, rng):
+        folder = output if step == steps else output / f"step-{step:05d}"
+        snapshot = _with_weights(pipe, average).to(torch.float16)
+        snapshot.save_pretrained(folder, safe_serialization=True)
+        build_tokenizer(folder)
+        print(f"step {step}: {json.dumps(pass_rates(snapshot.to(torch.float32)))}", flush=True)
 
 
 def build_pipeline(folder: Path) -> Any:
@@ -226,26 +191,22 @@ def train_flow(
     steps: int,
     held: set[str],
     rng: np.random.Generator,
-    wrong: float,
-    decay: bool,
     batch: int = 128,
 ) -> Iterator[tuple[int, AveragedModel]]:
     """Rectified-flow training of transformer and text encoders; yields (step, EMA) every 1,000 steps and at the end.
 
-    Velocity target `noise - x0`, logit-normal times (arXiv 2403.03206), a tenth of the captions dropped, and of the
-    others a share `wrong` written for another request of the same task. Prompts of the held-out set are never shown.
+    Velocity target `noise - x0`, logit-normal times (arXiv 2403.03206), a tenth of the captions dropped. Prompts of the
+    held-out set are never shown.
     """
     modules = nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
     average = AveragedModel(modules, multi_avg_fn=get_ema_multi_avg_fn(0.999))
     optimizer = torch.optim.AdamW(modules.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, 0.01 + 0.99 * step / 300) * (1 - step / steps if decay else 1)
-    )
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1.0, total_iters=300)
     start = time.monotonic()
     losses: list[float] = []
     for step in range(1, steps + 1):
         index = rng.integers(len(requests), size=batch)
-        prompts = [_caption(requests[i], held, rng, wrong) for i in index]
+        prompts = [_caption(requests[i], held, rng) for i in index]
         x0 = latents[index]
         noise = torch.randn_like(x0)
         sigma = torch.sigmoid(torch.randn(batch))
@@ -273,19 +234,17 @@ def train_flow(
             yield step, average
 
 
-def _caption(request: scenes.Request, held: set[str], rng: np.random.Generator, wrong: float) -> str:
+def _caption(request: scenes.Request, held: set[str], rng: np.random.Generator) -> str:
     if rng.random() < 0.1:
         return ""
-    if rng.random() < wrong:
-        request = scenes.random_request(rng, request.task)
     while (prompt := scenes.write(request, rng)) in held:
         pass
     return prompt
 
 
-def _with_weights(pipe: Any, average: AveragedModel, folder: Path) -> Any:
+def _with_weights(pipe: Any, average: AveragedModel) -> Any:
     """A copy of the pipeline that carries the averaged weights."""
-    copy = build_pipeline(folder)
+    copy = build_pipeline(Path(pipe.tokenizer.name_or_path).parent)
     copy.vae.load_state_dict(pipe.vae.state_dict())
     copy.vae.register_to_config(
         shift_factor=pipe.vae.config.shift_factor, scaling_factor=pipe.vae.config.scaling_factor
