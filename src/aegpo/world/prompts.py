@@ -12,7 +12,11 @@ TRAIN, HELD_OUT = 100, 24  # prompts a task
 
 
 def prompt_sets(seed: int = 0) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Training and held-out prompts, disjoint in wording and, where a task has requests enough, in what they ask."""
+    """Training and held-out prompts, disjoint in wording; in three tasks also in what they ask.
+
+    Those are colors, position and color attribution. The others have 20 requests or fewer, and all are in both sets.
+    Two objects in turned order ("a ring above a cross", "a cross below a ring") count as two requests.
+    """
     rng = np.random.default_rng(seed)
     train: list[dict[str, Any]] = []
     held: list[dict[str, Any]] = []
