@@ -134,7 +134,7 @@ def test_the_named_settings_of_other_tools_exist():
         ({"loss": {"eps": 1}}, "loss.eps is not a setting; did you mean advantage.eps or optimizer.eps?"),
         ({"algorithm": "aegop"}, "algorithm: 'aegop' is not one of flow-grpo, aegpo; did you mean aegpo?"),
         ({"algorithm": ["aegpo"]}, "algorithm: ['aegpo'] is not one of flow-grpo, aegpo"),
-        ({"sampler": {"kind": "ddim"}}, "sampler.kind: input should be 'flow_sde', 'dance_sde' or 'cps', got 'ddim'"),
+        ({"sampler": {"kind": "ddim"}}, "sampler.kind: input should be 'flow_sde', 'dance_sde', 'cps' or 'awm', got"),
         ({"optimizer": None}, "optimizer is a group of settings (lr, decay,"),
         ({"model": {"lora": 3}}, "model.lora is a group of settings (rank, alpha, targets), not 3"),
     ],
