@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     asked = parser.parse_args()
+    code = {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain", ".")}  # as it is when it begins
     seeds = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in asked.seeds:
@@ -55,9 +56,8 @@ def main() -> None:
     if asked.json:
         asked.json.write_text(
             json.dumps(
-                {
-                    "commit": git("rev-parse", "HEAD"),
-                    "changed": git("status", "--porcelain", "."),
+                code
+                | {
                     "versions": {name: version(name) for name in ("aegpo", "torch", "diffusers", "peft")},
                     "settings": asdict(resolve(load_yaml(RECIPE))),
                     "results": {"seeds": seeds},

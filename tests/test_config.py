@@ -134,7 +134,10 @@ def test_the_named_settings_of_other_tools_exist():
         ({"loss": {"eps": 1}}, "loss.eps is not a setting; did you mean advantage.eps or optimizer.eps?"),
         ({"algorithm": "aegop"}, "algorithm: 'aegop' is not one of flow-grpo, aegpo; did you mean aegpo?"),
         ({"algorithm": ["aegpo"]}, "algorithm: ['aegpo'] is not one of flow-grpo, aegpo"),
-        ({"sampler": {"kind": "ddim"}}, "sampler.kind: input should be 'flow_sde', 'dance_sde', 'cps' or 'awm', got"),
+        (
+            {"sampler": {"kind": "ddim"}},
+            "sampler.kind: input should be 'flow_sde', 'dance_sde', 'cps' or 'awm', got 'ddim'",
+        ),
         ({"optimizer": None}, "optimizer is a group of settings (lr, decay,"),
         ({"model": {"lora": 3}}, "model.lora is a group of settings (rank, alpha, targets), not 3"),
     ],
@@ -241,7 +244,10 @@ def test_all_steps_but_the_last_can_be_explored(rule: str):
     layer = {"sampler": {"steps": 6}, "exploration": {"rule": rule, "k": 5}}
     assert resolve(layer).exploration.k == 5
     said = complaint(layer, {"exploration": {"k": 6}})
-    assert said.startswith("exploration.k: 6 steps to explore, but only the first 5 of 6 can be")
+    assert said == (
+        "exploration.k: 6 steps to explore, but only the first 5 of 6 can be, as the last is deterministic; "
+        "lower it, or raise sampler.steps"
+    )
 
 
 def test_k_is_ignored_where_all_steps_explore():
@@ -253,7 +259,10 @@ def test_peaks_must_fit_with_their_distance(rule: str):
     layer = {"sampler": {"steps": 7}, "exploration": {"rule": rule, "k": 3, "min_distance": 2}}
     assert resolve(layer).exploration.min_distance == 2  # steps 0, 2 and 4 of 0..5
     said = complaint(layer, {"exploration": {"min_distance": 3}})  # 0, 3 and 6, but 6 is the last of all
-    assert said == "exploration.min_distance: 3 steps to explore do not fit 3 apart into the first 6 of 7"
+    assert said == (
+        "exploration.min_distance: 3 steps to explore do not fit 3 apart into the first 6 of 7; "
+        "lower it or exploration.k, or raise sampler.steps"
+    )
     assert resolve(layer, {"exploration": {"min_distance": 3, "rule": "window"}}).exploration.k == 3
 
 

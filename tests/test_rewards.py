@@ -55,6 +55,15 @@ def score(images, prompts):
     assert rewards.load(f"{tmp_path}/scaled.py:score")(IMAGES, ["a", "b"], [{}, {}]).score.tolist() == [3, 3]
 
 
+def test_a_file_named_as_a_module_does_not_stand_in_its_place(tmp_path):
+    (tmp_path / "colorsys.py").write_text("def score(images, prompts): return [4.0] * len(images)\n")
+    reward = rewards.load(f"{tmp_path}/colorsys.py:score")
+    assert reward(IMAGES, ["a", "b"], [{}, {}]).score.tolist() == [4, 4]
+    import colorsys
+
+    assert colorsys.rgb_to_hsv(1, 0, 0) == (0, 1, 1)
+
+
 def test_the_world_reward_is_the_verifier():
     row = world.held_out()[0]
     picture = np.full((1, 32, 32, 3), 240, np.uint8)

@@ -61,7 +61,8 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
         for prompt in (*prompts, *held_out):
             world.requested(prompt.text, prompt.metadata)
     reward = rewards.load(config.reward)
-    black_and_white = np.array([0, 255], np.uint8)[:, None, None, None].repeat(32, 1).repeat(32, 2).repeat(3, 3)
+    black_and_white = np.zeros((2, 32, 32, 3), np.uint8)
+    black_and_white[1] = 255
     reward(black_and_white, [prompts[0].text] * 2, [prompts[0].metadata] * 2)  # before anything is written
     model = load(config.model, config.seed)
 
@@ -203,7 +204,7 @@ def _resume_point(folder: Path, resume: str) -> Path:
         return Path(resume)
     found = checkpoint.checkpoints(folder)
     if not found:
-        raise ValueError(f"--resume: {folder} holds no checkpoint to go on from")
+        raise ValueError(f"--resume: {folder} holds no checkpoint to go on from; start it again with --overwrite")
     return found[-1]
 
 

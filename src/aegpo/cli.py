@@ -105,8 +105,19 @@ def _train(words: list[str]) -> None:
 
         run(config, resume=asked.resume, overwrite=asked.overwrite)
     except KeyboardInterrupt:
-        again = f"aegpo train --resume latest --output-dir {shlex.quote(config.output_dir)}"
-        raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
+        raise KeyboardInterrupt(_how_to_go_on(config, bool(asked.resume))) from None
+
+
+def _how_to_go_on(config: "Config", resumed: bool) -> str:
+    """What to say to whoever stopped a run; a folder may still hold the run that this one was to overwrite."""
+    from aegpo.config import dump_yaml
+
+    folder = Path(config.output_dir)
+    written = folder / "config.yaml"
+    begun = resumed or (written.is_file() and written.read_text(encoding="utf-8") == dump_yaml(config))
+    if begun and any(folder.glob("checkpoint-*")):
+        return f"stopped; to go on: aegpo train --resume latest --output-dir {shlex.quote(config.output_dir)}"
+    return "stopped before its first checkpoint; start it again" + " with --overwrite" * written.is_file()
 
 
 def _sample(words: list[str]) -> None:
@@ -236,10 +247,13 @@ def _complaint(layer: dict[str, Any]) -> str:
 def _resumed_run(resume: str, overrides: dict[str, Any]) -> Path:
     from aegpo.config import Config
 
+    if (Path(resume) / "config.yaml").is_file():
+        raise ValueError(f"--resume {resume}: a run, not one of its checkpoints; --resume latest --output-dir {resume}")
     latest = Path(str(overrides.get("output_dir", Config.output_dir)))
     folder = latest if resume == "latest" else Path(resume).parent
     if not (folder / "config.yaml").is_file():
-        raise ValueError(f"--resume {resume}: {folder} holds no config.yaml of a run; give --output-dir, or the recipe")
+        hint = "; give its --output-dir" if resume == "latest" and "output_dir" not in overrides else ""
+        raise ValueError(f"--resume {resume}: {folder} is not the folder of a run: it holds no config.yaml{hint}")
     return folder
 
 
@@ -278,12 +292,10 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     batches = (updates - longer) * math.ceil(share / most) + longer * math.ceil((share + 1) / most)
     probed = needs_probe(config)
     twice, guided = (2, " x 2 for guidance") if config.sampler.guidance != 1 else (1, "")
-    passes, extra = 3, ""
-    if config.loss.kl > 0:
-        passes, extra = passes + 1, extra + " + 1 reference"
-    if config.sampler.kind == "awm":
-        passes, extra = passes + 1, extra + " + 1 before the update"
-    sampling, probe, training = twice * rollouts * steps, twice * prompts * steps * probed, twice * rows * passes
+    passes = ["1 forward", "2 backward"]
+    passes += ["1 reference"] * (config.loss.kl > 0) + ["1 before the update"] * (config.sampler.kind == "awm")
+    evaluations = sum(int(what[0]) for what in passes)
+    sampling, probe, training = twice * rollouts * steps, twice * prompts * steps * probed, twice * rows * evaluations
     step = sampling + probe + training
     return [
         ("rollouts", f"of {prompts} prompts", rollouts),
@@ -293,7 +305,7 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
         ("micro-batches", f"of at most {most} rows", batches),
         ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{guided}", sampling),
         ("probe evaluations", f"{prompts} prompts x {steps} steps{guided}" if probed else "no rule needs it", probe),
-        ("training evaluations", f"{rows} rows x (1 forward + 2 backward{extra}){guided}, at most", training),
+        ("training evaluations", f"{rows} rows x ({' + '.join(passes)}){guided}, at most", training),
         ("evaluations a step", "", step),
         ("base probe", "the same for the base, at a prompt's first visit" if probed else "no rule needs it", probe),
         ("evaluations in all", f"{config.steps} steps, base probes not counted, at most", config.steps * step),

@@ -319,12 +319,12 @@ def _check_budget(config: Config) -> None:
     if config.exploration.rule != "all" and k >= config.sampler.steps:
         raise ValueError(
             f"exploration.k: {k} steps to explore, but only the first {config.sampler.steps - 1} "
-            f"of {config.sampler.steps} can be: the last is deterministic"
+            f"of {config.sampler.steps} can be, as the last is deterministic; lower it, or raise sampler.steps"
         )
     if config.exploration.rule not in ("all", "window") and (k - 1) * apart >= config.sampler.steps - 1:
         raise ValueError(
             f"exploration.min_distance: {k} steps to explore do not fit {apart} apart into the first "
-            f"{config.sampler.steps - 1} of {config.sampler.steps}"
+            f"{config.sampler.steps - 1} of {config.sampler.steps}; lower it or exploration.k, or raise sampler.steps"
         )
 
 

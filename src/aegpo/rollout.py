@@ -86,11 +86,11 @@ def collect(
         explored, fresh = plan.explored[prompt], partial(_noise_of_step, model.latent_shape, keys)
         if config.sampler.kind == "awm":
             x, _ = denoise(model, x, conditions, prompt, config.sampler)
-            explored_rows = revisit(model, x, conditions, prompt, config, explored, fresh)
+            found = revisit(model, x, conditions, prompt, config.sampler, explored, fresh)
         else:
-            x, explored_rows = denoise(model, x, conditions, prompt, config.sampler, explored, fresh)
+            x, found = denoise(model, x, conditions, prompt, config.sampler, explored, fresh)
         images.append(model.decode(x))
-        rows += [Transitions(**{**vars(row), "rollout": part[row.rollout]}) for row in explored_rows]
+        rows += [Transitions(**{**vars(row), "rollout": part[row.rollout]}) for row in found]
         progress(len(part))
     transitions = Transitions(**{name: torch.cat([getattr(row, name) for row in rows]) for name in vars(rows[0])})
     return Rollouts(np.concatenate(images), plan.group, transitions)
@@ -146,17 +146,7 @@ def denoise(
                 x[here], velocity[here], sigma, sigma_next, sampler.kind, sampler.eta, sigmas[1].item()
             )
             x_next[here] = mean + std * torch.stack([fresh(i, step) for i in which.tolist()]).to(x.device)
-            rows.append(
-                Transitions(
-                    x=x[here],
-                    x_next=x_next[here],
-                    step=torch.full_like(which, step),
-                    prompt=prompt[which],
-                    rollout=which,
-                    log_prob=log_prob(x_next[here], mean, std),
-                    advantage=torch.zeros(len(which), device=x.device),
-                )
-            )
+            rows.append(_rows(x[here], x_next[here], mean, std, torch.full_like(which, step), which, prompt))
         x = x_next
     return x, rows
 
@@ -167,7 +157,7 @@ def revisit(
     x0: Tensor,
     conditions: Conditions,
     prompt: Tensor,
-    config: Config,
+    sampler: Sampler,
     explored: Tensor,
     fresh: Callable[[int, int], Tensor],
 ) -> list[Transitions]:
@@ -181,31 +171,36 @@ def revisit(
         x0: clean latents, float32 (B, ...).
         conditions: the encoded prompts.
         prompt: int64 (B,), the row of the conditions that each latent belongs to.
-        config: its sampler, and `optimizer.micro_batch` for the forwards.
+        sampler: the settings of the steps.
         explored: bool (B, N).
         fresh: noise for (latent, denoising step).
 
     Returns:
         The transitions, `rollout` counting the latents of this batch.
     """
-    sigmas = model.sigmas(config.sampler.steps)
+    sigmas = model.sigmas(sampler.steps)
     rows = []
-    for part in explored.nonzero().split(config.optimizer.micro_batch):
+    for part in explored.nonzero().split(len(x0)):  # as many in a forward as there are latents
         which, step = part.unbind(1)
         clean, sigma = x0[which.to(x0.device)], sigmas[step].to(x0)
         e = torch.stack([fresh(i, t) for i, t in part.tolist()]).to(x0.device)
         x = torch.lerp(clean, e, sigma.reshape(-1, *[1] * (x0.ndim - 1)))
-        velocity = model.predict(x, sigma, conditions, prompt[which], config.sampler.guidance)
-        mean, std = transition(x, velocity, sigma, 0.0, config.sampler.kind, config.sampler.eta)
-        rows.append(
-            Transitions(
-                x=x,
-                x_next=clean,
-                step=step,
-                prompt=prompt[which],
-                rollout=which,
-                log_prob=log_prob(clean, mean, std),
-                advantage=torch.zeros(len(which), device=x.device),
-            )
-        )
+        velocity = model.predict(x, sigma, conditions, prompt[which], sampler.guidance)
+        mean, std = transition(x, velocity, sigma, 0.0, sampler.kind, sampler.eta)
+        rows.append(_rows(x, clean, mean, std, step, which, prompt))
     return rows
+
+
+def _rows(
+    x: Tensor, x_next: Tensor, mean: Tensor, std: Tensor, step: Tensor, rollout: Tensor, prompt: Tensor
+) -> Transitions:
+    """What was explored, with its log-probability under the policy that explored; the advantage is not known yet."""
+    return Transitions(
+        x=x,
+        x_next=x_next,
+        step=step,
+        prompt=prompt[rollout],
+        rollout=rollout,
+        log_prob=log_prob(x_next, mean, std),
+        advantage=torch.zeros(len(rollout), device=x.device),
+    )

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from aegpo.cli import RECIPES, main
-from aegpo.config import Config, load_yaml, resolve, settings
+from aegpo.config import Config, dump_yaml, load_yaml, resolve, settings
 
 PNG = ["--prompt", "a red circle", "--out", "x.png"]
 
@@ -30,6 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "empty.txt": "\n\n",
         "run/config.yaml": "steps: 3\noutput_dir: where/it/was\noptimizer: {lr: 0.5}\n",
         "run/checkpoint-2/state.json": "{}",
+        "other/notes.txt": "",
     }
     for name, text in texts.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +109,7 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
         (["train", "--rollouts-per-step", "8"], "command line: rollouts_per_step: .* groups of one.* at least 16"),
         (
             ["train", "--exploration.k", "10"],
-            "command line: exploration.k: 10 steps to explore, but only the first 9.*",
+            "command line: exploration.k: 10 steps .* only the first 9 .*; lower it, or raise sampler.steps",
         ),
         (["train", "--optimizer", "3"], "command line: optimizer is a group of settings \\(lr, .*\\), not 3"),
         (["train", "--model.lora.targets", "[to_q"], "command line: model.lora.targets: '\\[to_q' is not a YAML value"),
@@ -121,8 +122,13 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
         (["train", "--"], "train: -- is not an option.*"),
         (["train", "--resume"], "train: argument --resume: give 'latest' or a folder such as .*checkpoint-10, not ''"),
         (["train", "--resume", "lates"], "train: argument --resume: give 'latest' or a folder such as .*, not 'lates'"),
-        (["train", "--resume", "latest"], "--resume latest: runs/latest holds no config.yaml.*--output-dir.*"),
-        (["train", "--resume", "run", "--output-dir", "b"], "--resume run: . holds no config.yaml of a run.*"),
+        (
+            ["train", "--resume", "latest"],
+            "--resume latest: runs/latest is not the folder .* no config.yaml; give its --output-dir",
+        ),
+        (["train", "--resume", "latest", "--output-dir", "b"], "--resume latest: b is not .*: it holds no config.yaml"),
+        (["train", "--resume", "other"], "--resume other: . is not the folder of a run: it holds no config.yaml"),
+        (["train", "--resume", "run"], "--resume run: a run, not one of .*; --resume latest --output-dir run"),
         (["train", "--resume", "latest", "--overwrite"], "--resume goes on .* --overwrite starts .*; give one of them"),
         (
             ["train", "--resume", "latest", "--output-dir", "run", "--sampler.eta", "much"],
@@ -223,15 +229,50 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
         main(["train"])
 
 
-def test_an_interrupted_training_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+@pytest.mark.parametrize(
+    ("argv", "holds", "expected"),
+    [
+        (
+            [],
+            ["config.yaml", "checkpoint-0"],
+            "stopped; to go on: aegpo train --resume latest --output-dir 'my runs/a'",
+        ),
+        ([], ["config.yaml"], "stopped before its first checkpoint; start it again with --overwrite"),
+        ([], [], "stopped before its first checkpoint; start it again"),
+        (  # what stands there is still the run that was to be overwritten
+            ["--seed", "7", "--overwrite"],
+            ["config.yaml", "checkpoint-0"],
+            "stopped before its first checkpoint; start it again with --overwrite",
+        ),
+        (
+            ["--seed", "7", "--resume", "latest"],
+            ["config.yaml", "checkpoint-0"],
+            "stopped; to go on: aegpo train --resume latest --output-dir 'my runs/a'",
+        ),
+    ],
+    ids=["begun", "no checkpoint", "nothing", "overwriting", "resumed"],
+)
+def test_an_interrupted_training_says_how_to_go_on(
+    argv: list[str],
+    holds: list[str],
+    expected: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
     def run(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setitem(sys.modules, "aegpo.build", SimpleNamespace(run=run))
-    assert main(["train", "--output-dir", "my runs/a"]) == 130
-    assert capsys.readouterr().err == (
-        "aegpo: stopped; to go on: aegpo train --resume latest --output-dir 'my runs/a'\n"
-    )
+    run_folder = folder / "my runs" / "a"
+    run_folder.mkdir(parents=True)
+    if "config.yaml" in holds:
+        (run_folder / "config.yaml").write_text(dump_yaml(resolve({"output_dir": "my runs/a", "steps": 20})))
+    if "checkpoint-0" in holds:
+        (run_folder / "checkpoint-0").mkdir()
+    recipe = [] if "--resume" in argv else ["my.yaml"]
+    assert main(["train", *recipe, *argv, "--output-dir", "my runs/a"]) == 130
+    assert capsys.readouterr().err == f"aegpo: {expected}\n"
 
 
 # ---------------------------------------------------------------- settings
@@ -290,6 +331,14 @@ def test_a_resumed_run_takes_its_own_config_and_stays_in_its_folder(
     [(config, options)] = trained
     assert config == resolve({"steps": 9, "optimizer": {"lr": 0.5}, "output_dir": "run"})
     assert options == {"resume": resume[1], "overwrite": False}
+
+
+def test_the_worlds_recipe_is_not_laid_under_another_model(capsys: pytest.CaptureFixture[str]):
+    world = resolve(load_yaml(RECIPES / "world.yaml"))
+    assert resolved(["--model.path", "somebody/sd3"], capsys) == resolve({"model": {"path": "somebody/sd3"}})
+    assert resolved(["--model.path", "world"], capsys) == resolved(["--model.resolution", "0"], capsys) == world
+    both = resolved(["world", "--model.path", "somebody/sd3"], capsys)
+    assert (both.sampler, both.optimizer, both.model.path) == (world.sampler, world.optimizer, "somebody/sd3")
 
 
 def test_a_run_is_resumed_from_the_default_folder_and_by_its_recipe(

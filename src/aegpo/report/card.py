@@ -118,20 +118,25 @@ def _loading(record: RunRecord) -> str:
 
 def _loading_lora(record: RunRecord) -> list[str]:
     base = _base(record)
+    imports = ["import torch", "from diffusers import DiffusionPipeline", ""]
+    where, note = repr(base), ""
     if base == EMBEDDED:
-        imports = ["import aegpo.world", "from diffusers import StableDiffusion3Pipeline", ""]
-        load = f"pipe = StableDiffusion3Pipeline.from_pretrained(aegpo.world.path(), {WITHOUT_T5})"
-    else:
-        imports = ["from diffusers import DiffusionPipeline", ""]
-        place = f'"{base}")' if _is_on_hub(base) else f"{_last_part(base)!r})  # wherever you keep it"
-        load = f"pipe = DiffusionPipeline.from_pretrained({place}"
+        imports.insert(0, "import aegpo.world")
+        where = "aegpo.world.path()"
+    elif not _is_on_hub(base):
+        where, note = repr(_last_part(base)), "  # wherever you keep it"
+    load = f"pipe = DiffusionPipeline.from_pretrained({where}, {_how(base)}){note}"
     return [*imports, load, 'pipe.load_lora_weights(".")  # the folder of this card']
 
 
 def _loading_full(record: RunRecord) -> list[str]:
-    arguments = f'".", {WITHOUT_T5}' if _base(record) == EMBEDDED else '"."'
-    load = f"pipe = DiffusionPipeline.from_pretrained({arguments})  # the folder of this card"
-    return ["from diffusers import DiffusionPipeline", "", load]
+    load = f'pipe = DiffusionPipeline.from_pretrained(".", {_how(_base(record))})  # the folder of this card'
+    return ["import torch", "from diffusers import DiffusionPipeline", "", load]
+
+
+def _how(base: str) -> str:
+    """The arguments to load with; the embedded pipeline is saved in half precision, in which a CPU does not run it."""
+    return f"{WITHOUT_T5}, dtype=torch.float32" if base == EMBEDDED else "dtype=torch.bfloat16"
 
 
 def _versions(record: RunRecord) -> str:
