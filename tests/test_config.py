@@ -245,7 +245,7 @@ def test_all_steps_but_the_last_can_be_explored(rule: str):
     assert resolve(layer).exploration.k == 5
     said = complaint(layer, {"exploration": {"k": 6}})
     assert said == (
-        "exploration.k: 6 steps to explore, but only the first 5 of 6 can be, as the last is deterministic; "
+        "exploration.k: 6 steps to explore, but only the first 5 of 6 can be: the last never is; "
         "lower it, or raise sampler.steps"
     )
 

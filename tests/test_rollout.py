@@ -1,4 +1,5 @@
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,10 +48,11 @@ def test_noise_depends_on_its_whole_key():
     assert abs(many.var() - 1) < 4 * (2 / len(many)) ** 0.5
 
 
-def test_no_batch_size_changes_a_rollout(model):
-    _, whole = rollouts(model, batch=10)
+@pytest.mark.parametrize("sampler", [SAMPLER, AWM], ids=["sde", "matching"])
+def test_no_batch_size_changes_a_rollout(model, sampler):
+    _, whole = rollouts(model, batch=10, sampler=sampler)
     for batch in (1, 3, 7):
-        _, parts = rollouts(model, batch=batch)
+        _, parts = rollouts(model, batch=batch, sampler=sampler)
         for name, value in vars(whole.transitions).items():
             index = torch.from_numpy(np.lexsort((whole.transitions.step, whole.transitions.rollout)))
             other = torch.from_numpy(np.lexsort((parts.transitions.step, parts.transitions.rollout)))
@@ -150,7 +152,11 @@ def test_matching_is_pretrainings_loss_weighed_by_advantages_and_held_by_the_vel
     assert max(g.abs().max() for g in ours) > 1e-3
 
 
-@pytest.mark.parametrize("sampler", [SAMPLER, Sampler(steps=6, guidance=3.0), AWM], ids=["sde", "guided", "matching"])
+@pytest.mark.parametrize(
+    "sampler",
+    [SAMPLER, replace(SAMPLER, guidance=3.0), AWM, replace(AWM, guidance=3.0)],
+    ids=["sde", "guided", "matching", "guided-matching"],
+)
 def test_first_ratio_is_one_to_the_bit_in_the_same_batch_shape(model, sampler):
     """Every rollout explores step 2 alone, so its rows stand in one batch in the rollout and in the update alike."""
     config = settings(sampler)
@@ -191,6 +197,21 @@ def test_on_policy_gradient_is_reinforce(model):
     assert max(g.abs().max() for g in surrogate) > 1e-4
 
 
+def test_the_surrogate_is_clipped_at_its_own_two_ends_and_says_so(model):
+    """Old log-probabilities shifted by hand: ratios 1.5, .6, 1.1 and .9 against a clip of [.7, 1.2]."""
+    conditions, drawn = rollouts(model, batch=10)
+    few = drawn.transitions[torch.tensor([0, 3, 6, 9])]
+    ratio = torch.tensor([1.5, 0.6, 1.1, 0.9])
+    old = replace(few, log_prob=few.log_prob - ratio.log())
+    config = Config(sampler=SAMPLER, loss=Loss(clip_low=0.3, clip_high=0.2))
+    for sign, expected in ((1, [1.2, 0.6, 1.1, 0.9]), (-1, [1.5, 0.7, 1.1, 0.9])):
+        metrics = objective(config, model, replace(old, advantage=torch.full((4,), 2.0 * sign)), conditions).metrics
+        assert metrics["loss"].item() == pytest.approx(-2 * sign * sum(expected), rel=1e-5)
+        assert metrics["clip_fraction"].item() == 2
+        assert metrics["ratio/mean"].item() == pytest.approx(ratio.sum().item(), rel=1e-5)
+        assert metrics["approx_kl"].item() == pytest.approx(ratio.log().square().sum().item() / 2, rel=1e-4)
+
+
 def test_the_pull_to_the_base_is_flow_grpos_and_has_a_gradient():
     model = models.load(Model())
     with torch.no_grad():
@@ -198,7 +219,7 @@ def test_the_pull_to_the_base_is_flow_grpos_and_has_a_gradient():
             parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
     conditions, drawn = rollouts(model, batch=10)
     rows, sigmas = drawn.transitions, model.sigmas(6)
-    config = Config(sampler=SAMPLER, loss=Loss(kl=1.0))
+    config = Config(sampler=SAMPLER, loss=Loss(kl=0.5))
     loss = objective(config, model, rows, conditions)
 
     s, s_next = sigmas[rows.step].float(), sigmas[rows.step + 1].float()
@@ -213,11 +234,14 @@ def test_the_pull_to_the_base_is_flow_grpos_and_has_a_gradient():
     c = torch.where(first, 1.0, c)
     by_hand = ((h * c).reshape(-1, 1, 1, 1) * (v - v_base)).square().mean((1, 2, 3)) / (2 * g_squared)
     torch.testing.assert_close(loss.metrics["kl"].double(), by_hand.sum().detach(), rtol=1e-3, atol=0)
-    (pull,) = torch.autograd.grad(loss.value, list(model.trainable.values())[:1])
-    assert pull.abs().max() > 0
+    weights = list(model.trainable.values())
+    pull = torch.autograd.grad(loss.value, weights)  # no row has an advantage here
+    for ours, theirs in zip(pull, torch.autograd.grad(0.5 * by_hand.sum(), weights), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-2)
+    assert max(g.abs().max() for g in pull) > 3e-4
 
 
-@pytest.mark.parametrize("kind", ["flow_sde", "cps"])
+@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps"])
 def test_the_weight_of_the_pull_follows_the_samplers_own_noise(kind):
     """Flow-GRPO divides by 2 std_dev^2: g without sqrt(h) for an SDE, the whole s' sin(phi) for CPS."""
     model = models.load(Model())
@@ -227,14 +251,14 @@ def test_the_weight_of_the_pull_follows_the_samplers_own_noise(kind):
     sampler = Sampler(steps=6, kind=kind)
     conditions, drawn = rollouts(model, batch=10, sampler=sampler)
     row = drawn.transitions[(drawn.transitions.step == 2).nonzero().flatten()[:1]]
-    loss = objective(Config(sampler=sampler, loss=Loss(kl=1.0)), model, row, conditions)
+    loss = objective(Config(sampler=sampler, loss=Loss(kl=0.5)), model, row, conditions)
     s, s_next = model.sigmas(6)[2:4].tolist()
     means = []
     for context in (nullcontext(), model.reference()):
         with context, torch.no_grad():
             v = model.predict(row.x, torch.tensor(s), conditions, row.prompt, 1.0)
         means.append(transition(row.x, v, s, s_next, kind, 0.7)[0])
-    std_dev = 0.7 * (s / (1 - s)) ** 0.5 if kind == "flow_sde" else s_next * np.sin(0.7 * np.pi / 2)
+    std_dev = {"flow_sde": 0.7 * (s / (1 - s)) ** 0.5, "dance_sde": 0.7, "cps": s_next * np.sin(0.7 * np.pi / 2)}[kind]
     expected = (means[0] - means[1]).square().mean().item() / (2 * std_dev**2)
     assert loss.metrics["kl"].item() == pytest.approx(expected, rel=1e-4)
 

@@ -18,11 +18,12 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from aegpo import build, checkpoint, models, world
+from aegpo import build, checkpoint, evaluation, logbook, models, train, world
 from aegpo.cli import main
 from aegpo.config import Config, load_yaml, resolve
-from aegpo.train import learning_rate, make_plan, update
-from aegpo.types import Signals, Transitions
+from aegpo.rollout import draw
+from aegpo.train import learning_rate, make_plan, objective, update
+from aegpo.types import Judgement, Plan, Prompt, Signals, Transitions
 
 SMALL = {
     "steps": 3,
@@ -47,6 +48,12 @@ def few_held_out_prompts(tmp_path):
 def config(tmp_path, name="run", **changes):
     layer = {"prompts": {"eval": str(tmp_path / "few.jsonl")}, "output_dir": str(tmp_path / name)}
     return resolve(SMALL, layer, changes)
+
+
+def brightness(tmp_path):
+    """A reward that no two pictures share."""
+    (tmp_path / "bright.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3)) / 255\n")
+    return f"{tmp_path / 'bright.py'}:score"
 
 
 def metrics(run, without=("seconds",)):
@@ -157,14 +164,13 @@ def drawn_by_the_card(run, seed):
 
 
 def test_the_card_of_a_fully_trained_run_draws_what_sample_draws(tmp_path):
-    build.run(config(tmp_path, steps=1, model={"train": "full"}))
+    build.run(config(tmp_path, steps=1, model={"train": "full"}, sampler={"guidance": 3.0}))
     build.sample(tmp_path / "run", "a red circle above a blue square", tmp_path / "x.png", 5)
     assert (drawn_by_the_card(tmp_path / "run", seed=5) == np.asarray(Image.open(tmp_path / "x.png"))).all()
 
 
 def test_a_users_own_prompts_reward_and_pipeline(tmp_path):
     (tmp_path / "mine.txt").write_text("a red circle\ntwo squares\na ring\n")
-    (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3)) / 255\n")
     pipe = StableDiffusion3Pipeline.from_pretrained(world.path(), text_encoder_3=None, tokenizer_3=None)
     pipe.save_pretrained(tmp_path / "pipeline")
     own = config(
@@ -172,7 +178,7 @@ def test_a_users_own_prompts_reward_and_pipeline(tmp_path):
         steps=1,
         model={"path": str(tmp_path / "pipeline")},
         prompts={"train": str(tmp_path / "mine.txt"), "eval": str(tmp_path / "mine.txt")},
-        reward=f"{tmp_path / 'mine.py'}:score",
+        reward=brightness(tmp_path),
     )
     build.run(own)
     last = metrics(tmp_path / "run")[-1]
@@ -216,6 +222,31 @@ def test_a_checkpoint_cut_short_is_named_with_the_one_before(tmp_path, capsys):
         checkpoint.verify(run / "checkpoint-3")
 
 
+def test_a_checkpoint_with_one_flipped_bit_is_named(tmp_path):
+    build.run(config(tmp_path, steps=1))
+    file = tmp_path / "run" / "checkpoint-1" / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"damaged: weights.safetensors is not what was written; resume from .*-0"):
+        build.run(config(tmp_path, steps=2), resume="latest")
+
+
+def test_weights_cut_short_leave_the_old_ones(tmp_path):
+    (tmp_path / "weights").write_text("old")
+
+    def cut_short(folder):
+        (folder / "weights").write_text("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        logbook.put(tmp_path, cut_short)
+    assert (tmp_path / "weights").read_text() == "old"
+    logbook.put(tmp_path, lambda folder: (folder / "weights").write_text("new"))
+    assert (tmp_path / "weights").read_text() == "new"
+    assert not (tmp_path / ".weights").exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -235,6 +266,76 @@ def test_a_prompt_that_the_embedded_model_cannot_read(tmp_path):
     (tmp_path / "mine.txt").write_text("a red circle\na purple elephant\n")
     with pytest.raises(ValueError, match="does not know 'elephant' in 'a purple elephant'"):
         build.run(config(tmp_path, prompts={"train": str(tmp_path / "mine.txt")}))
+
+
+def test_a_prompt_that_the_worlds_judge_cannot_read(tmp_path):
+    (tmp_path / "mine.txt").write_text("a ring\nshow red\n")
+    with pytest.raises(ValueError, match="one to four of these shapes"):
+        build.run(config(tmp_path, prompts={"eval": str(tmp_path / "mine.txt")}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_is_tried_on_black_and_on_white_before_anything_is_written(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def score(images, prompts):\n    return [1 / int(255 - i.mean()) for i in images]\n"
+    )
+    with pytest.raises(ValueError, match="ZeroDivisionError"):
+        build.run(config(tmp_path, reward=f"{tmp_path}/mine.py:score"))
+    (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3)) / images.std()\n")
+    build.run(config(tmp_path, steps=0, reward=f"{tmp_path}/mine.py:score"))  # one alone would have no spread
+
+
+def test_a_reward_that_fails_midway_loses_no_step(tmp_path, capsys):
+    """Asked for the fifth time, after the trial, an evaluation and steps 1 and 2, it judges step 2's evaluation."""
+    failing = "calls = []\ndef score(images, prompts):\n    calls.append(1)\n    1 / (5 - len(calls))\n"
+    answer = "    return images.mean((1, 2, 3)) / 255\n"
+    (tmp_path / "mine.py").write_text(failing + answer)
+    (tmp_path / "small.yaml").write_text(json.dumps(SMALL | {"reward": f"{tmp_path}/mine.py:score"}))
+    run = tmp_path / "run"
+    words = ["train", str(tmp_path / "small.yaml"), "--prompts.eval", str(tmp_path / "few.jsonl"), "--output-dir"]
+    assert main([*words, str(run)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(
+        f"aegpo: reward {tmp_path}/mine.py:score failed at {tmp_path}/mine.py, line 4: ZeroDivision"
+    )
+    assert error.count("\n") == 1
+    assert [line["step"] for line in metrics(run)] == [0, 1]
+    (tmp_path / "mine.py").write_text("def score(images, prompts):\n" + answer)
+    assert main(["train", "--resume", "latest", "--output-dir", str(run)]) == 0
+    assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]
+
+
+def test_eval_draws_as_many_images_as_it_is_asked_for(tmp_path):
+    (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return [len(images)] * len(images)\n")
+    build.run(config(tmp_path, steps=0, reward=f"{tmp_path}/mine.py:score"))
+    assert build.evaluate(tmp_path / "run")["eval/reward_mean"] == 6
+    assert build.evaluate(tmp_path / "run", images=3)["eval/reward_mean"] == 18
+
+
+def test_an_evaluation_judges_each_picture_by_its_own_prompt_and_each_task_by_its_own_pictures():
+    held_out = [
+        Prompt(0, "a ring", {"task": "one", "value": 0.25}),
+        Prompt(1, "two squares", {"task": "two", "value": 0.75}),
+    ]
+    model, settings, seen = models.load(Config().model), Config(eval_images=2), []
+
+    def reward(images, prompts, metadata):
+        seen.append((images, prompts))
+        score = np.array([row["value"] for row in metadata], np.float32)
+        return Judgement(score, score > 0.5)
+
+    assert evaluation.evaluate(settings, model, held_out, reward) == {
+        "eval/reward_mean": 0.5,
+        "eval/pass_rate": 0.5,
+        "eval/reward/one": 0.25,
+        "eval/pass_rate/one": 0.0,
+        "eval/reward/two": 0.75,
+        "eval/pass_rate/two": 1.0,
+    }
+    [(images, prompts)] = seen
+    assert prompts == ["a ring", "a ring", "two squares", "two squares"]
+    for part, prompt in ((images[:2], held_out[:1]), (images[2:], held_out[1:])):
+        assert np.abs(part.astype(int) - draw(model, prompt, settings)).max() <= 1
 
 
 def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):
@@ -266,6 +367,37 @@ def test_the_plan_follows_the_signals():
     )
     assert make_plan(delta, Signals(entropy, base), 0).explored[0].nonzero().flatten().tolist() == [5, 6]
     assert plan.group.tolist() == [0] * 8 + [1] * 16 + [2] * 16 + [3] * 8
+
+
+def test_peaks_keep_their_distance_and_random_steps_are_drawn_anew():
+    layer = {"prompts_per_step": 4, "rollouts_per_step": 48, "exploration": {"k": 2, "min_distance": 3}}
+    falling = torch.arange(10, 0, -1.0).expand(4, 10)
+    spaced = make_plan(resolve(layer), Signals(falling, falling), 0).explored
+    assert [row.nonzero().flatten().tolist() for row in spaced] == [[0, 3]] * 4
+    drawn = [
+        make_plan(resolve(layer, {"exploration": {"rule": "random"}, "seed": seed}), None, step).explored
+        for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))
+    ]
+    assert [torch.equal(drawn[0], other) for other in drawn[1:]] == [True, False, False]
+
+
+def test_a_step_is_described_by_hand():
+    explored = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0]]).bool()
+    plan = Plan(torch.tensor([2, 3, 2]), explored)
+    base = torch.full((3, 3), 2.0, dtype=torch.float64)
+    signals = Signals(base + torch.tensor([[1.0], [-2.0], [-2.0]]), base)
+    scores, advantage = torch.tensor([1.0, 1, 0, 3, 3, 2, 2]), torch.tensor([0.0, 0, -1, 0, 1, 0, 0])
+    assert logbook.describe(plan, signals, scores, advantage) == {
+        "reward/mean": pytest.approx(12 / 7),
+        "reward/std": pytest.approx(np.std([1, 1, 0, 3, 3, 2, 2])),
+        "allocation": [2, 3, 2],
+        "explored_steps": [5, 5, 0],
+        "zero_advantage_groups": 2,
+        "entropy": [1.0] * 3,
+        "delta_entropy": [-1.0] * 3,
+        "entropy/mean": 1.0,
+        "delta_entropy/mean": pytest.approx(5 / 3),
+    }
 
 
 class Quiet:
@@ -341,7 +473,7 @@ def test_a_step_in_which_no_group_differs_changes_nothing(rows):
     assert json.dumps(counted)
 
 
-def test_the_average_is_flow_grpos_and_is_what_is_evaluated(tmp_path):
+def test_the_average_is_flow_grpos(tmp_path):
     """Every second optimizer step n, with decay min((1 + n) / (10 + n), .9), by hand from the weights of each step."""
     averaging = {"updates": 1, "ema": 0.9, "ema_every": 2}
     build.run(config(tmp_path, steps=4, eval_every=0, optimizer=averaging))
@@ -356,8 +488,16 @@ def test_the_average_is_flow_grpos_and_is_what_is_evaluated(tmp_path):
         by_hand = begin[name].lerp(second[name], 1 - 3 / 12)
         torch.testing.assert_close(third[name], by_hand)
         torch.testing.assert_close(last[name], by_hand.lerp(fourth[name], 1 - 5 / 14))
-    evaluated = metrics(tmp_path / "run")[-1]
-    assert build.evaluate(tmp_path / "run") == {k: v for k, v in evaluated.items() if k.startswith("eval/")}
+
+
+def test_the_average_is_what_is_judged_and_what_is_saved(tmp_path):
+    averaging = {"lr": 1e-2, "updates": 1, "ema": 0.9, "ema_every": 1}
+    build.run(config(tmp_path, steps=2, eval_every=0, reward=brightness(tmp_path), optimizer=averaging))
+    run = tmp_path / "run"
+    assert build.evaluate(run)["eval/reward_mean"] == metrics(run)[-1]["eval/reward_mean"]
+    saved = load_file(run / "pytorch_lora_weights.safetensors")
+    for name, tensor in load_file(run / "checkpoint-2" / "average.safetensors").items():
+        assert torch.equal(saved[f"transformer.{name.replace('.default.', '.')}"], tensor)
 
 
 def test_an_average_not_yet_taken_is_the_weights_themselves(tmp_path):
@@ -365,6 +505,44 @@ def test_an_average_not_yet_taken_is_the_weights_themselves(tmp_path):
     first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
     assert build.evaluate(tmp_path / "run") == {k: v for k, v in last.items() if k.startswith("eval/")}
     assert last["eval/reward_mean"] != first["eval/reward_mean"]
+
+
+def test_a_step_is_adamws_with_the_settings_own_numbers(tmp_path):
+    """The weights of step 2 by hand, from those of step 1 and the moments: rate, its fall, betas, eps and decay."""
+    adamw = {"lr": 0.01, "decay": "linear", "betas": [0.5, 0.75], "eps": 1e-3, "weight_decay": 0.1, "updates": 1}
+    build.run(config(tmp_path, steps=2, eval_every=0, reward=brightness(tmp_path), optimizer=adamw))
+    (w1, m1), (w2, m2) = (
+        [load_file(tmp_path / "run" / f"checkpoint-{n}" / f"{part}.safetensors") for part in ("weights", "optimizer")]
+        for n in (1, 2)
+    )
+    assert [line["lr"] for line in metrics(tmp_path / "run")[1:]] == pytest.approx([0.01, 0.005])
+    for name in w1:
+        first, second = m1[f"{name}/exp_avg"], m1[f"{name}/exp_avg_sq"]
+        torch.testing.assert_close(second, 0.25 * (first / 0.5).square())  # of one gradient g: .5 g, and .25 g^2
+        mean, square = m2[f"{name}/exp_avg"] / (1 - 0.5**2), m2[f"{name}/exp_avg_sq"] / (1 - 0.75**2)
+        by_hand = w1[name] * (1 - 0.005 * 0.1) - 0.005 * mean / (square.sqrt() + 1e-3)
+        torch.testing.assert_close(w2[name], by_hand, atol=1e-7, rtol=1e-5)
+    assert any((w1[name] != w2[name]).any() for name in w1)
+
+
+@pytest.mark.parametrize(
+    ("how", "loss"),
+    [
+        ({"std": "none"}, 0.06),  # .8 is cut to .5, four times -.2
+        ({"std": "group", "eps": 0}, 0.3),  # 2 is cut to .5, four times -.5
+        ({"std": "global", "eps": 0.4}, 0.1),  # 1 is cut to .5, four times -.25
+        ({"std": "none", "clip": 9}, 0.0),
+    ],
+    ids=str,
+)
+def test_advantages_are_the_settings_own(tmp_path, how, loss):
+    """One of five rollouts gets the reward 1, the others 0; on policy, the loss is minus the mean advantage."""
+    (tmp_path / "one.py").write_text(
+        "def score(images, prompts):\n    return [i % 5 == 0 for i in range(len(images))]\n"
+    )
+    sizes = {"steps": 1, "allocation": {"rule": "uniform"}, "optimizer": {"updates": 1, "micro_batch": 8}}
+    build.run(config(tmp_path, **sizes, reward=f"{tmp_path}/one.py:score", advantage={"clip": 0.5} | how))
+    assert metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
 def test_the_learning_rate_falls_step_by_step_and_would_be_zero_after_the_last():
@@ -434,6 +612,25 @@ def test_a_gradient_that_is_not_finite_is_never_stepped_on(rows):
     with pytest.raises(FloatingPointError, match="gradient of step 1 is not finite"):
         update(settings, model, optimizer, replace(full, x=full.x * float("inf")), conditions, 0, Quiet())
     assert all(torch.equal(a, b) for a, b in zip(before, model.trainable.values(), strict=True))
+
+
+def test_rows_are_dealt_once_each_and_out_of_their_order(rows, monkeypatch):
+    conditions, full = rows
+    dealt = []
+
+    def spy(config, model, some, conditions):
+        dealt[-1] += some.advantage.tolist()  # a name for a row
+        return objective(config, model, some, conditions)
+
+    monkeypatch.setattr(train, "objective", spy)
+    settings, model = resolve({"optimizer": {"updates": 2}}), models.load(Config().model)
+    for step in (0, 0, 1):
+        dealt.append([])
+        update(settings, model, torch.optim.SGD(model.trainable.values(), lr=0.0), full, conditions, step, Quiet())
+    names = [a for a in full.advantage.tolist() if a]
+    assert all(sorted(order) == names for order in dealt)
+    assert dealt[0] == dealt[1] != dealt[2]
+    assert names not in dealt
 
 
 def test_two_updates_share_the_rows_between_them(rows):

@@ -85,7 +85,8 @@ class Sampler:
     """Denoising steps of rollouts and evaluations."""
     kind: Literal["flow_sde", "dance_sde", "cps", "awm"] = "flow_sde"
     """The noisy transition at explored steps; all others are ODE. With `awm` (arXiv 2509.25050) rollouts are ODE
-    throughout, and an explored step is a noise level to which the finished image is brought back and trained at."""
+    throughout, and an explored step is a noise level to which the finished image is brought back and trained at; give
+    it `loss.clip_low` and `clip_high` near 0.1 and an anchor, `loss.kl`, as the recipe `world` does."""
     eta: Positive = 0.7
     """Noise scale of that transition; `awm` has none."""
     guidance: AtLeastOne = 1.0
@@ -134,7 +135,8 @@ class Loss:
     """The clipped surrogate and the pull to the reference policy."""
 
     clip_low: Positive = 1e-4
-    """How far below 1 a ratio may fall before it stops to count."""
+    """How far below 1 a ratio may fall before it stops to count. Ratios are of mean log-probabilities, so small; those
+    of `awm` move much further in an update than a sampler's."""
     clip_high: Positive = 1e-4
     """How far above 1 it may rise."""
     kl: NonNegative = 0.0
@@ -161,7 +163,7 @@ class Optimizer:
     ema: Fraction = 0.0
     """Decay of the averaged weights that are evaluated and saved; 0: no averaging."""
     ema_every: Count = 8
-    """Optimizer steps between two updates of the average."""
+    """Optimizer steps between two updates of the average, which happen at the end of a training step."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -319,7 +321,7 @@ def _check_budget(config: Config) -> None:
     if config.exploration.rule != "all" and k >= config.sampler.steps:
         raise ValueError(
             f"exploration.k: {k} steps to explore, but only the first {config.sampler.steps - 1} "
-            f"of {config.sampler.steps} can be, as the last is deterministic; lower it, or raise sampler.steps"
+            f"of {config.sampler.steps} can be: the last never is; lower it, or raise sampler.steps"
         )
     if config.exploration.rule not in ("all", "window") and (k - 1) * apart >= config.sampler.steps - 1:
         raise ValueError(

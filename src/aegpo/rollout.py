@@ -4,6 +4,7 @@ Noise is keyed by what it is for, never by where it stands in a batch: a rollout
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -90,7 +91,7 @@ def collect(
         else:
             x, found = denoise(model, x, conditions, prompt, config.sampler, explored, fresh)
         images.append(model.decode(x))
-        rows += [Transitions(**{**vars(row), "rollout": part[row.rollout]}) for row in found]
+        rows += [replace(row, rollout=part[row.rollout]) for row in found]
         progress(len(part))
     transitions = Transitions(**{name: torch.cat([getattr(row, name) for row in rows]) for name in vars(rows[0])})
     return Rollouts(np.concatenate(images), plan.group, transitions)
@@ -126,13 +127,14 @@ def denoise(
         x: first latents, float32 (B, ...).
         conditions: the encoded prompts.
         prompt: int64 (B,), the row of the conditions that each latent belongs to.
-        sampler: the settings of the steps.
+        sampler: the settings of the steps; with `awm`, whose jumps are no steps, none may be explored.
         explored: bool (B, N); none: no step is.
         fresh: noise for (latent, denoising step); needed where steps are explored.
 
     Returns:
         Clean latents (B, ...), and the explored transitions of each step, `rollout` counting the latents of this batch.
     """
+    assert explored is None or sampler.kind != "awm", "matching explores by `revisit`"
     sigmas = model.sigmas(sampler.steps)
     rows = []
     for step in range(sampler.steps):

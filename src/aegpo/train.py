@@ -189,8 +189,9 @@ def update(
 ) -> dict[str, Any]:
     """Shuffle the rows of all prompts and timesteps, deal them to the optimizer steps, and take those.
 
-    A group whose rewards are all equal has no advantage and teaches nothing: its rows are left out before the forward.
-    The policy's loss is the mean over all rows, those too; the pull to the base policy is over the others alone.
+    Rows without an advantage, such as all of a group whose rewards are equal, teach nothing and are left out before the
+    forward. The loss is summed over the others and divided by the number of all, so a step with few of them is a small
+    one; what is logged are means over the others.
     """
     share = len(rows) / config.optimizer.updates
     rows = rows[rows.advantage.nonzero().flatten().cpu()]
@@ -221,7 +222,7 @@ def update(
         "rows": len(rows),
         "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
         "ratio/first_error": first_error,
-        "lr": learning_rate(config, step),
+        "lr": optimizer.param_groups[0]["lr"],
     }
 
 
@@ -253,7 +254,7 @@ def objective(config: Config, model: Denoiser, rows: Transitions, conditions: Co
         with torch.no_grad(), model.reference():
             base_mean, _ = transition_mean()
         # Flow-GRPO divides by 2 g^2, not by an SDE's true variance g^2 h: its weight belongs to h times the divergence.
-        factor = sigma - sigma_next if sampler.kind.endswith("_sde") else 1.0
+        factor = sigma - sigma_next if sampler.kind in ("flow_sde", "dance_sde") else 1.0
         divergence = gaussian_kl(mean, base_mean, std) * factor
         loss = loss + config.loss.kl * divergence
         metrics["kl"] = divergence.detach().sum()

@@ -77,8 +77,8 @@ class Transitions:
     """Explored transitions, one a row; rows of all prompts and denoising steps stand together.
 
     Attributes:
-        x, x_next: float32 (m, ...), the latent before and after.
-        step: int64 (m,), the denoising step.
+        x, x_next: float32 (m, ...), the latent before and after; after `awm`'s jump it is the clean one.
+        step: int64 (m,), the denoising step at whose noise level `x` stands.
         prompt: int64 (m,), the row of the step's `Conditions`.
         rollout: int64 (m,), the rollout it belongs to.
         log_prob: float32 (m,), under the policy that drew it.

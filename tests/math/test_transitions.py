@@ -263,7 +263,7 @@ def test_drawn_samples_have_the_variance_of_the_recursion(kind, eta):
 
 
 def test_unknown_choices_are_named():
-    with pytest.raises(ValueError, match="ode, flow_sde, dance_sde, cps"):
+    with pytest.raises(ValueError, match="ode, flow_sde, dance_sde, cps, awm, not 'euler'"):
         step("euler", 0.7)
     with pytest.raises(ValueError, match="mean, sum"):
         log_prob(scalar(1.0), scalar(1.0), scalar(1.0), "max")  # pyright: ignore[reportArgumentType]
@@ -271,7 +271,7 @@ def test_unknown_choices_are_named():
 
 def test_matching_is_the_loss_of_pretraining():
     """Its log-probability of x0 is -mean |v - (e - x0)|^2 but for a constant, and its divergence mean |v - v_ref|^2."""
-    x0, e, v, v_ref = torch.randn(4, 5, 3, 2, 2, dtype=torch.float64)
+    x0, e, v, v_ref = randn(4, 5, 3, 2, 2)
     s = torch.tensor([1.0, 0.9, 0.5, 0.2, 0.01], dtype=torch.float64)
     wide = s[:, None, None, None]
     x = (1 - wide) * x0 + wide * e

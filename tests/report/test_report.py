@@ -24,7 +24,8 @@ PROMPTS = ["a red circle", "two blue squares", HOSTILE]
 CONFIG = {
     "model": {"path": "world", "train": "lora"},
     "algorithm": "aegpo",
-    "sampler": {"steps": 4, "guidance": 1.0},
+    "sampler": {"steps": 4, "kind": "flow_sde", "guidance": 1.0},
+    "exploration": {"rule": "window"},
     "steps": 6,
     "seed": 3,
 }
@@ -414,9 +415,21 @@ def test_model_card_says_what_was_measured_and_how_to_load_it(run: Path) -> None
     assert "<i>" not in card.text
     assert "6 steps, 6,100 forwards, 1 min 02 s" in card.text
     assert "- python 3.11.7\n- torch 2.13.0\n" in card.text
-    assert "2602.06825" in card.text and "2505.05470" in card.text
+    assert "2602.06825" in card.text and "2505.05470" in card.text and "2509.25050" not in card.text
     code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert code and 'pipe.load_lora_weights(".")' in code[1]
+
+
+def test_a_run_of_matching_says_so_and_names_its_paper(run: Path) -> None:
+    exploring = "Training rewards come from rollouts of the training prompts, which explore"
+    assert exploring in write_report(run).read_text("utf-8")
+    matching = CONFIG | {"sampler": {"steps": 4, "kind": "awm", "guidance": 1.0}}
+    (run / "config.yaml").write_text(yaml.safe_dump(matching), "utf-8")
+    report, card = write_report(run).read_text("utf-8"), write_model_card(run).read_text("utf-8")
+    assert exploring not in report
+    assert "https://arxiv.org/abs/2509.25050" in report
+    assert "(`aegpo`, transitions `awm`, explored steps `window`)" in card
+    assert "eprint        = {2509.25050}" in card and card.endswith("}\n```\n")
 
 
 @pytest.mark.parametrize(

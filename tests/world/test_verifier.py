@@ -100,3 +100,11 @@ def test_a_flooded_picture_and_a_shape_cut_by_the_border_do_not_pass(shape):
 def test_metadata_that_says_nothing_useful_is_named():
     with pytest.raises(ValueError, match="objects must be a list"):
         world.verify(np.zeros((1, 32, 32, 3), np.uint8), ["a ring"], [{"objects": ["ring"]}])
+
+
+def test_a_pass_is_everything_right_and_nothing_else():
+    picture = scenes.draw((scenes.Placed("circle", "red", 8, 16, 5), scenes.Placed("square", "blue", 24, 16, 5)))
+    asked = [Request(BOTH, "left of"), Request(BOTH, "right of"), Request(BOTH[:1]), Request((*BOTH, ("ring", None)))]
+    scores, passed = world.verify(np.stack([picture] * 4), None, [row(request) for request in asked])
+    assert scores.tolist() == pytest.approx([1, 0.7, 0.5, 2 / 3])
+    assert passed.tolist() == [True, False, False, False]

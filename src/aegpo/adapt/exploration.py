@@ -38,7 +38,7 @@ def explore(
         rule: how the steps are chosen.
         k: how many steps a prompt explores; `all` ignores it.
         min_distance: smallest difference between two explored steps of a prompt; `all` and `window` ignore it.
-        last: whether the last step, the one onto sigma = 0, may be chosen. It is deterministic in every sampler.
+        last: whether the last step, the one onto sigma = 0, may be chosen. Every sampler's is deterministic.
         start: first step of the `window`.
         seed: what `random` draws from; the same seed gives the same steps on every process.
 

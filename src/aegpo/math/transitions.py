@@ -41,11 +41,12 @@ def transition(
     | `awm`, to `s' = 0` | 0 | `s / sqrt(2)` | advantage-weighted matching, arXiv 2509.25050 |
 
     Flow-SDE's `g` is infinite at `s = 1`; there, and only there, `1 - s` becomes `1 - sigma_first`.
-    The step onto `sigma_next = 0` is deterministic by convention: ask for it as `ode`.
+    A sampler's step onto `sigma_next = 0` is deterministic by convention: ask for it as `ode`.
 
     `awm` is no step of a sampler but the jump from a noised image to the image itself, whatever `sigma_next` is. Its
-    std is the one under which the log-probability of `x0` is, up to a constant, `-|v - (e - x0)|^2`: the loss of
-    pretraining. And the KL between two such is `|v - v_ref|^2`.
+    std, which is ours, makes that paper's objective one more row of this table: the log-probability of `x0` is
+    `-|v - (e - x0)|^2`, the loss of pretraining with its sign turned, up to a constant of `s` that cancels in every
+    ratio; and the KL between two such is `|v - v_ref|^2`.
 
     Args:
         x: latents, (B, ...). Half precision is widened to fp32 before the arithmetic, fp64 stays fp64.

@@ -31,7 +31,14 @@ CITATION = """## Citation
   eprint        = {2505.05470},
   archivePrefix = {arXiv}
 }
-```"""
+"""
+MATCHING = """@misc{awm2025,
+  title         = {Advantage Weighted Matching: Aligning {RL} with Pretraining in Diffusion Models},
+  year          = {2025},
+  eprint        = {2509.25050},
+  archivePrefix = {arXiv}
+}
+"""
 
 
 def write_model_card(run: Path) -> Path:
@@ -48,7 +55,7 @@ def write_model_card(run: Path) -> Path:
         _pictures(record),
         _loading(record),
         _versions(record),
-        CITATION,
+        CITATION + (MATCHING if record.setting("sampler.kind") == "awm" else "") + "```",
     ]
     write_whole(record.folder / "README.md", ("\n\n".join(part for part in parts if part) + "\n").encode())
     return run / "README.md"
@@ -67,7 +74,8 @@ def _front_matter(record: RunRecord) -> dict[str, Any]:
 
 def _summary(record: RunRecord) -> str:
     kind = "LoRA adapter for" if _is_lora(record) else "Full fine-tuning of"
-    method = f"aligned by online reinforcement learning (`{_plain(str(record.setting('algorithm')))}`)"
+    names = (f"`{_plain(str(record.setting(name)))}`" for name in ("algorithm", "sampler.kind", "exploration.rule"))
+    method = "aligned by online reinforcement learning ({}, transitions {}, explored steps {})".format(*names)
     sentence = f"{kind} {_base_in_words(_base(record))}, {method}"
     if not record.training:
         return f"{sentence}."

@@ -25,6 +25,7 @@ FACTS = {
     "Reward": "reward",
     "Rollouts": "allocation.rule",
     "Exploration": "exploration.rule",
+    "Sampler": "sampler.kind",
     "Denoising steps": "sampler.steps",
     "Seed": "seed",
 }

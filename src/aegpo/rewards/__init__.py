@@ -52,7 +52,7 @@ def _import(name: str) -> Callable[..., Any]:
         raise ValueError(f"reward: file {where} does not exist")
     try:
         if where.endswith(".py"):
-            sys.path.insert(0, str(Path(where).resolve().parent))
+            sys.path.append(str(Path(where).resolve().parent))  # last: nothing there takes the place of a module
             spec = importlib.util.spec_from_file_location(f"aegpo_reward_{Path(where).stem}", where)
             assert spec and spec.loader
             module = importlib.util.module_from_spec(spec)
