@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from aegpo import build, checkpoint, evaluation, logbook, models, train, world
 from aegpo.cli import main
-from aegpo.config import Config, load_yaml, resolve
+from aegpo.config import Config, dump_yaml, load_yaml, resolve
 from aegpo.rollout import draw
 from aegpo.train import learning_rate, make_plan, objective, update
 from aegpo.types import Judgement, Plan, Prompt, Signals, Transitions
@@ -150,6 +150,26 @@ def test_a_whole_run_by_the_command_line_and_what_it_leaves(tmp_path, capsys):
     assert main(["train", str(recipe), "--output-dir", str(run)]) == 2
     assert "exists" in capsys.readouterr().err
     assert metrics(run) == lines
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampler": {"kind": "awm", "guidance": 2.0}, "loss": {"kl": 0.3}},
+        {"sampler": {"kind": "cps"}, "algorithm": "flow-grpo"},
+    ],
+    ids=["matching", "flow-grpo"],
+)
+def test_a_run_costs_what_the_dry_run_says(tmp_path, capsys, changes):
+    own = config(tmp_path, steps=1, reward=brightness(tmp_path), **changes)  # a reward that leaves no row out
+    (tmp_path / "own.yaml").write_text(dump_yaml(own))
+    assert main(["train", str(tmp_path / "own.yaml"), "--dry-run"]) == 0
+    said = {line[2:25].strip(): line.split()[-1] for line in capsys.readouterr().out.splitlines() if line[:1] == "#"}
+    build.run(own)
+    before, after = (
+        line["forwards"] for line in metrics(tmp_path / "run")
+    )  # `before` is an evaluation, one more follows
+    assert after - 2 * before == int(said["evaluations in all"]) + int(said["base probes in all"])
 
 
 def drawn_by_the_card(run, seed):

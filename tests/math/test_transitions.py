@@ -13,8 +13,8 @@ from aegpo.math.losses import clipped_surrogate
 from aegpo.math.schedules import shifted_linear
 from aegpo.math.transitions import gaussian_kl, log_prob, transition
 
-KINDS = ("ode", "flow_sde", "dance_sde", "cps")
-NOISY = ("flow_sde", "dance_sde", "cps")
+KINDS = ("ode", "flow_sde", "dance_sde", "cps", "awm")
+NOISY = ("flow_sde", "dance_sde", "cps", "awm")
 
 
 def scalar(value: float) -> torch.Tensor:
@@ -109,6 +109,7 @@ def test_derivative_by_the_velocity_is_the_table(kind):
             "flow_sde": -h * (1 + 0.6**2 / 2),
             "dance_sde": -h * (1 + 0.6**2 * (1 - s) / (2 * s)),
             "cps": -s * (1 - s_next) + (1 - s) * s_next * math.cos(0.3 * math.pi),
+            "awm": -s,
         }[kind]
         assert slope.item() == pytest.approx(expected, abs=1e-12)
 
