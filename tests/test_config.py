@@ -231,7 +231,7 @@ def test_groups_of_one_are_refused_and_groups_of_two_are_not():
 def test_a_budget_that_the_median_split_cannot_keep_is_refused():
     said = complaint({"prompts_per_step": 4})
     assert said == (
-        "rollouts_per_step: 96 rollouts cannot be split into 8 to 16 for each of 4 prompts; 48 would be the mean"
+        "rollouts_per_step: 96 rollouts cannot be split into 8 to 16 for each of 4 prompts; ask for 32 to 64"
     )
     for rollouts in (32, 64):
         assert resolve({"prompts_per_step": 4, "rollouts_per_step": rollouts}).rollouts_per_step == rollouts

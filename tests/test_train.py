@@ -301,13 +301,21 @@ def test_a_reward_is_tried_on_black_and_on_white_before_anything_is_written(tmp_
     )
     with pytest.raises(ValueError, match="ZeroDivisionError"):
         build.run(config(tmp_path, reward=f"{tmp_path}/mine.py:score"))
+    (tmp_path / "mine.py").write_text(
+        "def score(images, prompts, metadata):\n    return [row['mine'] for row in metadata]\n"
+    )
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a ring", "mine": 1}\n{"prompt": "a cross", "mine": 2}\n')
+    with pytest.raises(ValueError, match=r"KeyError: 'mine' \(tried on a prompt of prompts.eval: .*few.jsonl\)"):
+        files = {"train": str(tmp_path / "mine.jsonl"), "eval": str(tmp_path / "few.jsonl")}
+        build.run(config(tmp_path, reward=f"{tmp_path}/mine.py:score", prompts=files))
+    assert not (tmp_path / "run").exists()
     (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3)) / images.std()\n")
     build.run(config(tmp_path, steps=0, reward=f"{tmp_path}/mine.py:score"))  # one alone would have no spread
 
 
 def test_a_reward_that_fails_midway_loses_no_step(tmp_path, capsys):
-    """Asked for the fifth time, after the trial, an evaluation and steps 1 and 2, it judges step 2's evaluation."""
-    failing = "calls = []\ndef score(images, prompts):\n    calls.append(1)\n    1 / (5 - len(calls))\n"
+    """Asked for the sixth time, after two trials, an evaluation and steps 1 and 2, it judges step 2's evaluation."""
+    failing = "calls = []\ndef score(images, prompts):\n    calls.append(1)\n    1 / (6 - len(calls))\n"
     answer = "    return images.mean((1, 2, 3)) / 255\n"
     (tmp_path / "mine.py").write_text(failing + answer)
     (tmp_path / "small.yaml").write_text(json.dumps(SMALL | {"reward": f"{tmp_path}/mine.py:score"}))
@@ -621,6 +629,23 @@ def test_resuming_with_other_weights_or_into_another_run_is_refused_and_changes_
         build.run(config(tmp_path, "other"), resume=str(run / "checkpoint-1"))
     assert (run / "config.yaml").read_text() == before
     assert not (tmp_path / "other").exists()
+
+
+def test_a_resume_never_makes_the_record_untrue(tmp_path):
+    build.run(config(tmp_path, steps=2))
+    run = tmp_path / "run"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for changes, said in (
+        ({"seed": 3}, "seed: the run in .* has seed 0, not 3; start another --output-dir"),
+        ({"steps": 1}, "steps: .*checkpoint-2 is past step 1; ask for at least 2"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            build.run(config(tmp_path, **{"steps": 2} | changes), resume="latest")
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    (run / "metrics.jsonl").write_text('{"step": 0}\ngarbage\n')
+    with pytest.raises(ValueError, match=r"run/metrics.jsonl, line 2: not JSON"):
+        build.run(config(tmp_path), resume="latest")
+    assert (run / "config.yaml").read_bytes() == before[run / "config.yaml"]
 
 
 def test_a_gradient_that_is_not_finite_is_never_stepped_on(rows):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -20,8 +21,9 @@ from aegpo.config import Config, dump_yaml, load_yaml, resolve
 from aegpo.data import load_prompts
 from aegpo.display import Display
 from aegpo.evaluation import evaluate as evaluate_policy
-from aegpo.models import load, load_pipeline, text_tokens
+from aegpo.models import load, load_pipeline, loading, text_tokens
 from aegpo.report import write_model_card, write_report
+from aegpo.report.records import read_metrics
 from aegpo.train import train
 from aegpo.types import Prompt
 
@@ -50,6 +52,8 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
     start = _resume_point(folder, resume) if resume else None
     if start is None:
         _refuse_existing(folder, overwrite)
+    else:
+        _refuse_another_course(start, config)
     prompts = _prompts(config.prompts.train, "train", config)
     held_out = _prompts(config.prompts.eval, "eval", config)
     if len(prompts) < config.prompts_per_step:
@@ -63,7 +67,12 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
     reward = rewards.load(config.reward)
     black_and_white = np.zeros((2, 32, 32, 3), np.uint8)
     black_and_white[1] = 255
-    reward(black_and_white, [prompts[0].text] * 2, [prompts[0].metadata] * 2)  # before anything is written
+    for split, part in (("train", prompts), ("eval", held_out)):  # before anything is written
+        try:
+            reward(black_and_white, [part[0].text] * 2, [part[0].metadata] * 2)
+        except ValueError as error:
+            source = getattr(config.prompts, split)
+            raise ValueError(f"{error} (tried on a prompt of prompts.{split}: {source})") from error
     model = load(config.model, config.seed)
 
     if start is None:
@@ -72,9 +81,11 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
         checkpoint.verify(start, model.trainable)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-    (folder / "env.json").write_text(json.dumps(environment(), indent=1), encoding="utf-8")
+    (folder / "env.json").write_text(json.dumps(environment(config), indent=1), encoding="utf-8")
 
     console = Console()
+    if start is not None:
+        console.print(f"going on from {start}", highlight=False, markup=False, soft_wrap=True)
     with Display(config.steps, console) as display:
         train(config, model, prompts, held_out, reward, folder, display, start)
     write_model_card(folder)
@@ -91,6 +102,11 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
         ValueError: there is no such run, it has no weights yet, or the prompt is not one its model can read.
     """
     config = _config(run)
+    if (
+        out.suffix.lower() not in (kinds := Image.registered_extensions())
+        or kinds[out.suffix.lower()] not in Image.SAVE
+    ):
+        raise ValueError(f"--out: {out} is not named as an image; give a name that ends in .png, for one")
     _check_words(config, [prompt], "--prompt")
     pipe = load_pipeline(config.model)
     if config.model.train == "lora":
@@ -131,8 +147,8 @@ def evaluate(run: Path, prompts: str | None = None, images: int | None = None) -
     return evaluate_policy(config, model, held_out, rewards.load(config.reward))
 
 
-def environment() -> dict[str, Any]:
-    """What the run ran on: versions, device and platform."""
+def environment(config: Config) -> dict[str, Any]:
+    """What the run ran on: versions, device and platform, and how it loaded its pipeline."""
     packages = ("aegpo", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
     gpu = torch.cuda.is_available()
     return {
@@ -140,6 +156,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "threads": torch.get_num_threads(),
+        "pipeline": loading(config.model),
         "versions": {package: version(package) for package in packages},
     }
 
@@ -147,7 +164,10 @@ def environment() -> dict[str, Any]:
 def _config(run: Path) -> Config:
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run} is not a run's folder: it has no config.yaml")
-    return resolve(load_yaml(run / "config.yaml"))
+    try:
+        return resolve(load_yaml(run / "config.yaml"))
+    except ValueError as error:
+        raise ValueError(f"{run}/config.yaml: {error}") from None
 
 
 def _prompts(source: str, split: str, config: Config) -> list[Prompt]:
@@ -206,6 +226,16 @@ def _resume_point(folder: Path, resume: str) -> Path:
     if not found:
         raise ValueError(f"--resume: {folder} holds no checkpoint to go on from; start it again with --overwrite")
     return found[-1]
+
+
+def _refuse_another_course(start: Path, config: Config) -> None:
+    """A resumed run may change its settings, but not what its record says of the steps that are done."""
+    folder, done = start.parent, int(start.name.removeprefix("checkpoint-"))
+    if (seed := _config(folder).seed) != config.seed:
+        raise ValueError(f"seed: the run in {folder} has seed {seed}, not {config.seed}; start another --output-dir")
+    if config.steps < done:
+        raise ValueError(f"steps: {start} is past step {config.steps}; ask for at least {done}")
+    read_metrics(folder)  # a damaged line is said while nothing has been written
 
 
 def _before_after(folder: Path) -> Table:

@@ -373,7 +373,8 @@ def _whole(least: int) -> Callable[[str], int]:
 
 def _checkpoint(word: str) -> str:
     if word != "latest" and not (word and Path(word).is_dir()):
-        raise argparse.ArgumentTypeError(f"give 'latest' or a folder such as runs/latest/checkpoint-10, not {word!r}")
+        missing = f"{word} is no folder; " if word else ""
+        raise argparse.ArgumentTypeError(f"{missing}give 'latest' or a folder such as runs/latest/checkpoint-10")
     return word
 
 

@@ -315,7 +315,7 @@ def _check_budget(config: Config) -> None:
         if not prompts * low <= rollouts <= prompts * high:
             raise ValueError(
                 f"rollouts_per_step: {rollouts} rollouts cannot be split into {low} to {high} for each of {prompts} "
-                f"prompts; {prompts * (low + high) // 2} would be the mean"
+                f"prompts; ask for {prompts * low} to {prompts * high}"
             )
     k, apart = config.exploration.k, config.exploration.min_distance
     if config.exploration.rule != "all" and k >= config.sampler.steps:

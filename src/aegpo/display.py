@@ -1,4 +1,4 @@
-"""Progress of a run in the terminal: live bars on a terminal, a plain line an evaluation elsewhere."""
+"""Progress of a run: live bars on a terminal; elsewhere a plain line an evaluation, and one every half minute."""
 
 import time
 from types import TracebackType
@@ -6,6 +6,8 @@ from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+QUIET = 30.0  # seconds without a line, at most, where there are no bars
 
 
 class Display:
@@ -25,6 +27,7 @@ class Display:
         self.whole = self.bars.add_task("training", total=steps, note="")
         self.phase = self.bars.add_task("", total=None, note="", visible=False)
         self._before = (time.monotonic(), 0)
+        self._said = time.monotonic()
 
     def __enter__(self) -> Self:
         self.bars.start()
@@ -50,10 +53,13 @@ class Display:
         pace = (metrics["forwards"] - forwards) / max(now - then, 1e-9)
         note = f"reward {metrics['reward/mean']:.3f}  " if "reward/mean" in metrics else ""
         self.bars.update(self.whole, completed=metrics["step"], note=f"{note}{pace:,.0f} forwards/s")
+        cost = f"({metrics['forwards']:,} forwards, {metrics['seconds']:.0f} s)"
         if "eval/reward_mean" in metrics:
             passed = f", pass rate {metrics['eval/pass_rate']:.1%}" if "eval/pass_rate" in metrics else ""
-            self.console.print(
-                f"step {metrics['step']:>4}: held-out reward {metrics['eval/reward_mean']:.3f}{passed}"
-                f"  ({metrics['forwards']:,} forwards, {metrics['seconds']:.0f} s)",
-                highlight=False,
-            )
+            self._say(f"step {metrics['step']:>4}: held-out reward {metrics['eval/reward_mean']:.3f}{passed}  {cost}")
+        elif not self.console.is_terminal and now - self._said > QUIET:
+            self._say(f"step {metrics['step']:>4}: {note}{cost}")
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False)
+        self._said = time.monotonic()

@@ -30,6 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "empty.txt": "\n\n",
         "run/config.yaml": "steps: 3\noutput_dir: where/it/was\noptimizer: {lr: 0.5}\n",
         "run/checkpoint-2/state.json": "{}",
+        "run/metrics.jsonl": '{"step": 0}\n',
         "other/notes.txt": "",
     }
     for name, text in texts.items():
@@ -120,8 +121,8 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
         (["train", "--dryrun"], "command line: --dryrun is not an option; did you mean --dry-run\\?"),
         (["train", "--resum", "latest"], "command line: --resum is not an option; did you mean --resume\\?"),
         (["train", "--"], "train: -- is not an option.*"),
-        (["train", "--resume"], "train: argument --resume: give 'latest' or a folder such as .*checkpoint-10, not ''"),
-        (["train", "--resume", "lates"], "train: argument --resume: give 'latest' or a folder such as .*, not 'lates'"),
+        (["train", "--resume"], "train: argument --resume: give 'latest' or a folder such as .*checkpoint-10"),
+        (["train", "--resume", "lates"], "train: argument --resume: lates is no folder; give 'latest' or .*"),
         (
             ["train", "--resume", "latest"],
             "--resume latest: runs/latest is not the folder .* no config.yaml; give its --output-dir",
@@ -167,6 +168,8 @@ def test_bad_input_is_one_line_that_says_what_would_be_right(
         (["train", "--prompts.train", "latin.txt"], "prompts.train: latin.txt is not UTF-8.*"),
         (["train", "--prompts.eval", "none.txt"], "prompts.eval: none.txt cannot be read: No such file or directory"),
         (["sample", "run", "--prompt", "a zebra", "--out", "x.png"], "--prompt: .* does not know 'zebra' .*"),
+        (["sample", "run", "--prompt", "a ring", "--out", "x"], "--out: x is not named as an image; .*ends in .png.*"),
+        (["sample", "run", "--prompt", "a ring", "--out", "x.txt"], "--out: x.txt is not named as an image; .*"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

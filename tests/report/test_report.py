@@ -299,10 +299,13 @@ def test_a_last_line_cut_short_is_as_if_it_were_not_there(run: Path) -> None:
     assert "Stopped after step 4 of 6." in page_of(run).text
 
 
-def test_a_damaged_line_elsewhere_is_named(run: Path) -> None:
+@pytest.mark.parametrize(
+    ("damaged", "said"), [('{"step": 1,', "not JSON"), ("[1]", "not the metrics of a step"), ('{"loss": 1}', "not the")]
+)
+def test_a_damaged_line_elsewhere_is_named(run: Path, damaged: str, said: str) -> None:
     lines = (run / "metrics.jsonl").read_text("utf-8").splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join([lines[0], '{"step": 1,\n', *lines[2:]]), "utf-8")
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+    (run / "metrics.jsonl").write_text("".join([lines[0], f"{damaged}\n", *lines[2:]]), "utf-8")
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl, line 2: {said}"):
         write_report(run)
 
 
@@ -318,13 +321,24 @@ def test_a_run_without_evaluation_probe_or_verifier(run: Path) -> None:
 
 
 def test_a_run_stopped_before_its_first_step(run: Path) -> None:
-    for name in ("metrics.jsonl", "env.json"):
-        (run / name).unlink()
+    write_metrics(run, [{"step": 0, "seconds": 0.0, "forwards": 0}])
+    (run / "env.json").unlink()
     shutil.rmtree(run / "samples")
     page = page_of(run)
     assert page.sections() == {"headline", "settings"}
     assert "Stopped after step 0 of 6." in page.text
     assert ModelCard.load(write_model_card(run)).data.library_name == "diffusers"
+
+
+@pytest.mark.parametrize("content", [None, "", '{"step":'])
+def test_a_run_without_metrics_keeps_the_report_it_has(run: Path, content: str | None) -> None:
+    before = write_report(run).read_bytes()
+    (run / "metrics.jsonl").unlink()
+    if content is not None:
+        (run / "metrics.jsonl").write_text(content)
+    with pytest.raises(ValueError, match="has no metrics yet"):
+        write_report(run)
+    assert (run / "report.html").read_bytes() == before
 
 
 def test_a_run_stopped_after_its_first_evaluation(run: Path) -> None:
@@ -430,6 +444,17 @@ def test_a_run_of_matching_says_so_and_names_its_paper(run: Path) -> None:
     assert "https://arxiv.org/abs/2509.25050" in report
     assert "(`aegpo`, transitions `awm`, explored steps `window`)" in card
     assert "eprint        = {2509.25050}" in card and card.endswith("}\n```\n")
+
+
+@pytest.mark.parametrize("train", ["lora", "full"])
+def test_a_card_loads_what_the_run_loaded(run: Path, train: str) -> None:
+    (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": {"path": "mine", "train": train}}), "utf-8")
+    env = json.loads((run / "env.json").read_text("utf-8"))
+    pipeline = {"dtype": "float32", "absent": ["text_encoder_3", "tokenizer_3"]}
+    (run / "env.json").write_text(json.dumps(env | {"pipeline": pipeline}), "utf-8")
+    card = write_model_card(run).read_text("utf-8")
+    assert ", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)" in card
+    assert "max_sequence_length=0)" in card
 
 
 @pytest.mark.parametrize(

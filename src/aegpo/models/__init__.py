@@ -42,31 +42,41 @@ def text_tokens(settings: Model, pipe: Any) -> int:
 
 def load_pipeline(settings: Model) -> Any:
     """The untouched diffusers pipeline that the settings name; raises ValueError as `load` does."""
-    path = str(world.path()) if settings.path == "world" else settings.path
-    try:
-        index: Any = DiffusionPipeline.load_config(path)
-    except (OSError, ValueError):
-        if Path(path).exists():
-            raise ValueError(f"model.path: {path} holds no diffusers pipeline (no readable model_index.json)") from None
-        raise ValueError(f"model.path: {path} is neither a folder nor a pipeline that the hub gives us") from None
+    path, index = _index(settings)
     family = FAMILIES.get(index["_class_name"])
     if family is None or settings.family not in ("auto", family):
         raise ValueError(f"model.family: {path} is a {index['_class_name']}; known are {', '.join(FAMILIES)}")
     if not sys.stderr.isatty():
         disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    gpu = torch.cuda.is_available()
+    how = loading(settings)
     pipe = StableDiffusion3Pipeline.from_pretrained(
-        path, use_safetensors=True, dtype=torch.bfloat16 if gpu else torch.float32, **_absent_parts(index)
+        path, use_safetensors=True, dtype=getattr(torch, how["dtype"]), **dict.fromkeys(how["absent"])
     )
     pipe.set_progress_bar_config(disable=True)
-    if gpu:
+    if torch.cuda.is_available():
         pipe.to("cuda")
         if settings.train == "full":
             pipe.transformer.float()
     return pipe
 
 
-def _absent_parts(index: dict[str, Any]) -> dict[str, None]:
-    """diffusers wants the T5 that a pipeline was saved without to be named as absent."""
-    return {name: None for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None}
+def loading(settings: Model) -> dict[str, Any]:
+    """How the pipeline is loaded here: its `dtype`, and the `absent` parts.
+
+    diffusers wants the T5 that a pipeline was saved without to be named as absent.
+    """
+    _, index = _index(settings)
+    absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None]
+    return {"dtype": "bfloat16" if torch.cuda.is_available() else "float32", "absent": absent}
+
+
+def _index(settings: Model) -> tuple[str, Any]:
+    """Where the pipeline is, and its `model_index.json`."""
+    path = str(world.path()) if settings.path == "world" else settings.path
+    try:
+        return path, DiffusionPipeline.load_config(path)
+    except (OSError, ValueError):
+        if Path(path).exists():
+            raise ValueError(f"model.path: {path} holds no diffusers pipeline (no readable model_index.json)") from None
+        raise ValueError(f"model.path: {path} is neither a folder nor a pipeline that the hub gives us") from None

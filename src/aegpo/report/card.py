@@ -13,7 +13,6 @@ from aegpo.report.images import sample_names
 from aegpo.report.records import Change, RunRecord, pass_rate_changes, read_run, reward_changes, write_whole
 
 EMBEDDED = "world"  # the `model.path` that means the pipeline in the package
-WITHOUT_T5 = "text_encoder_3=None, tokenizer_3=None"  # which that pipeline does not have
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 CITATION = """## Citation
@@ -74,7 +73,7 @@ def _front_matter(record: RunRecord) -> dict[str, Any]:
 
 def _summary(record: RunRecord) -> str:
     kind = "LoRA adapter for" if _is_lora(record) else "Full fine-tuning of"
-    names = (f"`{_plain(str(record.setting(name)))}`" for name in ("algorithm", "sampler.kind", "exploration.rule"))
+    names = (f"`{record.setting(name)}`" for name in ("algorithm", "sampler.kind", "exploration.rule"))
     method = "aligned by online reinforcement learning ({}, transitions {}, explored steps {})".format(*names)
     sentence = f"{kind} {_base_in_words(_base(record))}, {method}"
     if not record.training:
@@ -115,7 +114,8 @@ def _loading(record: RunRecord) -> str:
         "num_inference_steps": record.setting("sampler.steps"),
         "guidance_scale": record.setting("sampler.guidance"),
     }
-    if _base(record) == EMBEDDED:
+    arguments["max_sequence_length"] = record.setting("model.text_tokens")
+    if arguments["max_sequence_length"] is None and "text_encoder_3" in record.pipeline["absent"]:
         arguments["max_sequence_length"] = 0  # else the pipeline appends 256 zeros in the place of T5's tokens
     if record.setting("model.resolution"):
         arguments["height"] = arguments["width"] = record.setting("model.resolution")
@@ -133,18 +133,19 @@ def _loading_lora(record: RunRecord) -> list[str]:
         where = "aegpo.world.path()"
     elif not _is_on_hub(base):
         where, note = repr(_last_part(base)), "  # wherever you keep it"
-    load = f"pipe = DiffusionPipeline.from_pretrained({where}, {_how(base)}){note}"
+    load = f"pipe = DiffusionPipeline.from_pretrained({where}, {_how(record)}){note}"
     return [*imports, load, 'pipe.load_lora_weights(".")  # the folder of this card']
 
 
 def _loading_full(record: RunRecord) -> list[str]:
-    load = f'pipe = DiffusionPipeline.from_pretrained(".", {_how(_base(record))})  # the folder of this card'
+    load = f'pipe = DiffusionPipeline.from_pretrained(".", {_how(record)})  # the folder of this card'
     return ["import torch", "from diffusers import DiffusionPipeline", "", load]
 
 
-def _how(base: str) -> str:
-    """The arguments to load with; the embedded pipeline is saved in half precision, in which a CPU does not run it."""
-    return f"{WITHOUT_T5}, dtype=torch.float32" if base == EMBEDDED else "dtype=torch.bfloat16"
+def _how(record: RunRecord) -> str:
+    """The arguments that the run itself loaded the pipeline with."""
+    absent = [f"{part}=None" for part in record.pipeline["absent"]]
+    return ", ".join([*absent, f"dtype=torch.{record.pipeline['dtype']}"])
 
 
 def _versions(record: RunRecord) -> str:

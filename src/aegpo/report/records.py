@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ class RunRecord:
         """The rows that carry an evaluation on held-out prompts."""
         return [row for row in self.rows if "eval/reward_mean" in row]
 
+    @property
+    def pipeline(self) -> dict[str, Any]:
+        """How the run loaded its pipeline: `dtype`, and the `absent` parts."""
+        return {"dtype": "bfloat16", "absent": []} | self.env.get("pipeline", {})
+
     def setting(self, dotted: str) -> Any:
         """The value of a setting such as `model.path`; None where the run's config has no such key."""
         value: Any = self.config
@@ -65,8 +71,8 @@ def read_run(run: Path) -> RunRecord:
     """Reads the folder of a run, finished or not.
 
     Raises:
-        ValueError: The folder has no `config.yaml`, a file leads outside of it, or a line of `metrics.jsonl` other than
-            an unfinished last one is not JSON.
+        ValueError: The folder has no `config.yaml` or no metrics, a file leads outside of it, or a line of
+            `metrics.jsonl` other than an unfinished last one is not what a run writes.
     """
     folder = run.resolve()
     if not inside(folder, "config.yaml").is_file():
@@ -77,8 +83,19 @@ def read_run(run: Path) -> RunRecord:
         config_text=config_text,
         config=yaml.safe_load(config_text) or {},
         env=json.loads(_read(folder, "env.json") or b"{}"),
-        rows=_parse_metrics(_read(folder, "metrics.jsonl")),
+        rows=read_metrics(run),
     )
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, but for an unfinished last one; raises ValueError as `read_run` does."""
+    *lines, unfinished = _read(run.resolve(), "metrics.jsonl").split(b"\n")  # a whole last line ends with a newline
+    rows = [_parse_line(f"{run}/metrics.jsonl, line {number}", line) for number, line in enumerate(lines, start=1)]
+    with suppress(ValueError):
+        rows.append(_parse_line("", unfinished))
+    if not rows:
+        raise ValueError(f"{run} has no metrics yet: its first evaluation was not reached, or metrics.jsonl was lost")
+    return rows
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -128,17 +145,11 @@ def _read(folder: Path, name: str) -> bytes:
     return path.read_bytes() if path.is_file() else b""
 
 
-def _parse_metrics(text: bytes) -> list[dict[str, Any]]:
-    *lines, unfinished = text.split(b"\n")  # a whole last line ends with a newline, so what follows it was cut short
-    rows = [_parse_line(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+def _parse_line(where: str, line: bytes) -> dict[str, Any]:
     try:
-        return [*rows, json.loads(unfinished)]
-    except ValueError:
-        return rows
-
-
-def _parse_line(number: int, line: bytes) -> dict[str, Any]:
-    try:
-        return json.loads(line)
+        row = json.loads(line)
     except ValueError as error:
-        raise ValueError(f"metrics.jsonl, line {number}: not JSON ({error})") from None
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        raise ValueError(f"{where}: not the metrics of a step, which are an object with its number as `step`")
+    return row

@@ -1,0 +1,29 @@
+import io
+
+from rich.console import Console
+
+from aegpo import display
+from aegpo.display import Display
+
+EVALUATED = {"step": 0, "forwards": 1200, "seconds": 1.4, "eval/reward_mean": 0.5, "eval/pass_rate": 0.25}
+TRAINED = {"step": 1, "forwards": 2400, "seconds": 2.6, "reward/mean": 0.75}
+
+
+def lines(quiet, monkeypatch):
+    """What is printed where there is no terminal."""
+    monkeypatch.setattr(display, "QUIET", quiet)
+    file = io.StringIO()
+    with Display(2, Console(file=file, width=200)) as shown:
+        shown.step(EVALUATED)
+        shown.begin("rollouts", 8)
+        shown.advance(8)
+        shown.step(TRAINED)
+        shown.step(TRAINED | EVALUATED | {"step": 2})
+    return file.getvalue().splitlines()
+
+
+def test_without_a_terminal_there_is_a_line_an_evaluation_and_one_when_it_was_quiet_for_long(monkeypatch):
+    first = "step    0: held-out reward 0.500, pass rate 25.0%  (1,200 forwards, 1 s)"
+    assert lines(1000, monkeypatch) == [first, first.replace("0:", "2:", 1)]
+    between = "step    1: reward 0.750  (2,400 forwards, 3 s)"
+    assert lines(-1, monkeypatch) == [first, between, first.replace("0:", "2:", 1)]
