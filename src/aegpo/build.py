@@ -213,7 +213,7 @@ def _clear(folder: Path) -> None:
 
 def _resume_point(folder: Path, resume: str) -> Path:
     if resume != "latest":
-        if not Path(resume).is_dir():
+        if not Path(resume).is_dir() or not Path(resume).name.removeprefix("checkpoint-").isdigit():
             raise ValueError(
                 f"--resume: {resume} is not a checkpoint folder; give 'latest' or a path such as {folder}/checkpoint-10"
             )
