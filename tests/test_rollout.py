@@ -27,6 +27,14 @@ def model():
     return models.load(Model())
 
 
+def a_policy_that_moved():
+    model = models.load(Model())
+    with torch.no_grad():
+        for i, parameter in enumerate(model.trainable.values()):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    return model
+
+
 def plan(rollouts=(2, 5, 3)):
     explored = torch.zeros(3, 6, dtype=torch.bool)
     explored[0, [0, 2]] = explored[1, [1, 2, 3]] = explored[2, [4]] = True
@@ -127,10 +135,7 @@ def test_matching_is_pretrainings_loss_weighed_by_advantages_and_held_by_the_vel
 
     RAM regresses onto `v_base + w A ((e - x0) - v)`, held fixed, with w = 1 / kl; kl times its gradient is the same.
     """
-    model = models.load(Model())
-    with torch.no_grad():
-        for i, parameter in enumerate(model.trainable.values()):
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    model = a_policy_that_moved()
     conditions, drawn = rollouts(model, batch=10, sampler=AWM)
     rows, kl = drawn.transitions.with_advantages(torch.linspace(-1, 2, 10)), 0.3
     config = Config(sampler=AWM, loss=Loss(kl=kl))
@@ -213,10 +218,7 @@ def test_the_surrogate_is_clipped_at_its_own_two_ends_and_says_so(model):
 
 
 def test_the_pull_to_the_base_is_flow_grpos_and_has_a_gradient():
-    model = models.load(Model())
-    with torch.no_grad():
-        for i, parameter in enumerate(model.trainable.values()):
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    model = a_policy_that_moved()
     conditions, drawn = rollouts(model, batch=10)
     rows, sigmas = drawn.transitions, model.sigmas(6)
     config = Config(sampler=SAMPLER, loss=Loss(kl=0.5))
@@ -244,10 +246,7 @@ def test_the_pull_to_the_base_is_flow_grpos_and_has_a_gradient():
 @pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps"])
 def test_the_weight_of_the_pull_follows_the_samplers_own_noise(kind):
     """Flow-GRPO divides by 2 std_dev^2: g without sqrt(h) for an SDE, the whole s' sin(phi) for CPS."""
-    model = models.load(Model())
-    with torch.no_grad():
-        for i, parameter in enumerate(model.trainable.values()):
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    model = a_policy_that_moved()
     sampler = Sampler(steps=6, kind=kind)
     conditions, drawn = rollouts(model, batch=10, sampler=sampler)
     row = drawn.transitions[(drawn.transitions.step == 2).nonzero().flatten()[:1]]
@@ -264,10 +263,7 @@ def test_the_weight_of_the_pull_follows_the_samplers_own_noise(kind):
 
 
 def test_the_probe_reads_what_a_plain_run_of_the_same_trajectory_shows():
-    model = models.load(Model())
-    with torch.no_grad():
-        for i, parameter in enumerate(model.trainable.values()):
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    model = a_policy_that_moved()
     conditions = model.encode([prompt.text for prompt in PROMPTS])
     cache = {}
     signals = probe(model, PROMPTS, conditions, settings(batch=2), cache)

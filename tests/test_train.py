@@ -641,8 +641,10 @@ def test_a_resume_never_makes_the_record_untrue(tmp_path):
     ):
         with pytest.raises(ValueError, match=said):
             build.run(config(tmp_path, **{"steps": 2} | changes), resume="latest")
-    with pytest.raises(ValueError, match=r"--resume: .*samples is not a checkpoint folder"):
-        build.run(config(tmp_path), resume=str(run / "samples"))
+    (run / "2").mkdir()
+    for name in ("samples", "2"):
+        with pytest.raises(ValueError, match=rf"--resume: .*{name} is not a checkpoint folder"):
+            build.run(config(tmp_path), resume=str(run / name))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     (run / "metrics.jsonl").write_text('{"step": 0}\ngarbage\n')
     with pytest.raises(ValueError, match=r"run/metrics.jsonl, line 2: not JSON"):

@@ -22,8 +22,7 @@ from aegpo.data import load_prompts
 from aegpo.display import Display
 from aegpo.evaluation import evaluate as evaluate_policy
 from aegpo.models import load, load_pipeline, loading, text_tokens
-from aegpo.report import write_model_card, write_report
-from aegpo.report.records import read_metrics
+from aegpo.report import read_metrics, write_model_card, write_report
 from aegpo.train import train
 from aegpo.types import Prompt
 
@@ -102,10 +101,7 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
         ValueError: there is no such run, it has no weights yet, or the prompt is not one its model can read.
     """
     config = _config(run)
-    if (
-        out.suffix.lower() not in (kinds := Image.registered_extensions())
-        or kinds[out.suffix.lower()] not in Image.SAVE
-    ):
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out: {out} is not named as an image; give a name that ends in .png, for one")
     _check_words(config, [prompt], "--prompt")
     pipe = load_pipeline(config.model)
@@ -213,7 +209,7 @@ def _clear(folder: Path) -> None:
 
 def _resume_point(folder: Path, resume: str) -> Path:
     if resume != "latest":
-        if not Path(resume).is_dir() or not Path(resume).name.removeprefix("checkpoint-").isdigit():
+        if not Path(resume).is_dir() or checkpoint.step_of(Path(resume)) < 0:
             raise ValueError(
                 f"--resume: {resume} is not a checkpoint folder; give 'latest' or a path such as {folder}/checkpoint-10"
             )
@@ -230,7 +226,7 @@ def _resume_point(folder: Path, resume: str) -> Path:
 
 def _refuse_another_course(start: Path, config: Config) -> None:
     """A resumed run may change its settings, but not what its record says of the steps that are done."""
-    folder, done = start.parent, int(start.name.removeprefix("checkpoint-"))
+    folder, done = start.parent, checkpoint.step_of(start)
     if (seed := _config(folder).seed) != config.seed:
         raise ValueError(f"seed: the run in {folder} has seed {seed}, not {config.seed}; start another --output-dir")
     if config.steps < done:
@@ -239,8 +235,7 @@ def _refuse_another_course(start: Path, config: Config) -> None:
 
 
 def _before_after(folder: Path) -> Table:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [line for line in lines if "eval/reward_mean" in line]
+    evaluations = [row for row in read_metrics(folder) if "eval/reward_mean" in row]
     first, last = evaluations[0], evaluations[-1]
     table = Table("held-out", "before", "after", "change")
     for name in [key for key in first if key.startswith("eval/") and key in last]:

@@ -6,6 +6,7 @@ Noise is keyed by seed and step, so there is no generator to save.
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -98,19 +99,19 @@ def load_weights(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
 
 def checkpoints(run: Path) -> list[Path]:
     """The run's complete checkpoints, oldest first."""
-    found = [p for p in run.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=_step)
+    return sorted((folder for folder in run.glob("checkpoint-*") if step_of(folder) >= 0), key=step_of)
 
 
-def _step(folder: Path) -> int:
-    name = folder.name.removeprefix("checkpoint-")
-    return int(name) if name.isdigit() else -1
+def step_of(folder: Path) -> int:
+    """The training step that a folder of this name, `checkpoint-STEP`, stands for; -1 for any other name."""
+    name = re.fullmatch("checkpoint-([0-9]+)", folder.name)
+    return int(name[1]) if name else -1
 
 
 def drop_after(run: Path, step: int) -> None:
     """Delete the checkpoints of later steps: the run goes on from `step`, and they are of a course it leaves."""
     for folder in checkpoints(run):
-        if _step(folder) > step:
+        if step_of(folder) > step:
             shutil.rmtree(folder)
 
 
@@ -119,7 +120,7 @@ def verify(folder: Path, weights: Mapping[str, nn.Parameter] | None = None) -> N
 
     With `weights`, also unless it holds just those, in their shapes.
     """
-    before = [p for p in checkpoints(folder.parent) if _step(p) < _step(folder)]
+    before = [p for p in checkpoints(folder.parent) if step_of(p) < step_of(folder)]
     advice = f"; resume from {before[-1]}" if before else ""
     try:
         digests = json.loads((folder / "manifest.json").read_text())

@@ -292,9 +292,12 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     batches = (updates - longer) * math.ceil(share / most) + longer * math.ceil((share + 1) / most)
     probed = needs_probe(config)
     twice, guided = (2, " x 2 for guidance") if config.sampler.guidance != 1 else (1, "")
-    passes = ["1 forward", "2 backward"]
-    passes += ["1 reference"] * (config.loss.kl > 0) + ["1 before the update"] * (config.sampler.kind == "awm")
-    evaluations = sum(int(what[0]) for what in passes)
+    passes = {"forward": 1, "backward": 2}
+    if config.loss.kl > 0:
+        passes["reference"] = 1
+    if config.sampler.kind == "awm":
+        passes["before the update"] = 1
+    evaluations, written = sum(passes.values()), " + ".join(f"{count} {what}" for what, count in passes.items())
     sampling, probe, training = twice * rollouts * steps, twice * prompts * steps * probed, twice * rows * evaluations
     step = sampling + probe + training
     return [
@@ -305,7 +308,7 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
         ("micro-batches", f"of at most {most} rows", batches),
         ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{guided}", sampling),
         ("probe evaluations", f"{prompts} prompts x {steps} steps{guided}" if probed else "no rule needs it", probe),
-        ("training evaluations", f"{rows} rows x ({' + '.join(passes)}){guided}, at most", training),
+        ("training evaluations", f"{rows} rows x ({written}){guided}, at most", training),
         ("evaluations a step", "", step),
         ("base probe", "the same for the base, at a prompt's first visit" if probed else "no rule needs it", probe),
         ("evaluations in all", f"{config.steps} steps, base probes not counted, at most", config.steps * step),

@@ -38,15 +38,16 @@ def transition(
     | `flow_sde` | `s' - g^2 h / (2 s)` | `g sqrt(h)`, `g = eta sqrt(s / (1 - s))` | Flow-GRPO, arXiv 2505.05470 |
     | `dance_sde` | the same | the same, with `g = eta` | DanceGRPO, arXiv 2505.07818 |
     | `cps` | `s' cos(eta pi / 2)` | `s' sin(eta pi / 2)` | FlowCPS, arXiv 2509.05952 |
-    | `awm`, to `s' = 0` | 0 | `s / sqrt(2)` | advantage-weighted matching, arXiv 2509.25050 |
+    | `awm`, with `s' = 0` | 0 | `s / sqrt(2)` | advantage-weighted matching, arXiv 2509.25050 |
 
     Flow-SDE's `g` is infinite at `s = 1`; there, and only there, `1 - s` becomes `1 - sigma_first`.
     A sampler's step onto `sigma_next = 0` is deterministic by convention: ask for it as `ode`.
 
-    `awm` is no step of a sampler but the jump from a noised image to the image itself, whatever `sigma_next` is. Its
-    std, which is ours, makes that paper's objective one more row of this table: the log-probability of `x0` is
-    `-|v - (e - x0)|^2`, the loss of pretraining with its sign turned, up to a constant of `s` that cancels in every
-    ratio; and the KL between two such is `|v - v_ref|^2`.
+    `awm` is no step of a sampler but the jump from a noised image to the image itself, so it takes `s'` as 0 whatever
+    `sigma_next` is. Its std, which is ours, makes that paper's objective one more row of this table: the
+    log-probability of `x0` is `-|v - (e - x0)|^2`, the loss of pretraining with its sign turned, up to a constant of
+    `s` that cancels in every ratio; and the KL between two such is `|v - v_ref|^2`. Under guidance, `v` is the guided
+    velocity.
 
     Args:
         x: latents, (B, ...). Half precision is widened to fp32 before the arithmetic, fp64 stays fp64.

@@ -3,5 +3,6 @@
 from aegpo.report.card import write_model_card
 from aegpo.report.html import write_report
 from aegpo.report.images import save_grid
+from aegpo.report.records import read_metrics
 
-__all__ = ["save_grid", "write_model_card", "write_report"]
+__all__ = ["read_metrics", "save_grid", "write_model_card", "write_report"]

@@ -15,10 +15,7 @@ from aegpo.report.records import Change, RunRecord, pass_rate_changes, read_run,
 EMBEDDED = "world"  # the `model.path` that means the pipeline in the package
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
-CITATION = """## Citation
-
-```bibtex
-@misc{aegpo2026,
+CITATIONS = """@misc{aegpo2026,
   title         = {{AEGPO}: Adaptive Entropy-Guided Policy Optimization for Diffusion Models},
   year          = {2026},
   eprint        = {2602.06825},
@@ -54,7 +51,7 @@ def write_model_card(run: Path) -> Path:
         _pictures(record),
         _loading(record),
         _versions(record),
-        CITATION + (MATCHING if record.setting("sampler.kind") == "awm" else "") + "```",
+        _citation(record),
     ]
     write_whole(record.folder / "README.md", ("\n\n".join(part for part in parts if part) + "\n").encode())
     return run / "README.md"
@@ -154,6 +151,10 @@ def _versions(record: RunRecord) -> str:
     versions = {"python": record.env["python"]} | record.env["versions"]
     rows = [f"- {_plain(name)} {_plain(version)}" for name, version in versions.items()]
     return "\n".join(["## Versions", "", *rows])
+
+
+def _citation(record: RunRecord) -> str:
+    return f"## Citation\n\n```bibtex\n{CITATIONS}{MATCHING if record.is_matching else ''}```"
 
 
 def _is_lora(record: RunRecord) -> bool:

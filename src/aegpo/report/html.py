@@ -66,6 +66,7 @@ def _render(record: RunRecord) -> str:
     return template.render(
         name=record.folder.name,
         facts=_facts(record),
+        matching=record.is_matching,
         progress=_progress(record),
         tables=_headline(record),
         reward_curve=_reward_curve(record),

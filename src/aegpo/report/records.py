@@ -39,6 +39,11 @@ class RunRecord:
         return [row for row in self.rows if "eval/reward_mean" in row]
 
     @property
+    def is_matching(self) -> bool:
+        """Whether it learned by advantage-weighted matching, for which rollouts are noiseless (arXiv 2509.25050)."""
+        return self.setting("sampler.kind") == "awm"
+
+    @property
     def pipeline(self) -> dict[str, Any]:
         """How the run loaded its pipeline: `dtype`, and the `absent` parts."""
         return {"dtype": "bfloat16", "absent": []} | self.env.get("pipeline", {})
