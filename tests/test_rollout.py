@@ -312,6 +312,14 @@ def test_evaluation_pictures_are_always_the_same(model):
     assert not (one[0] == one[1]).all()
 
 
+def test_a_jump_of_matching_is_never_taken_for_a_step(model):
+    conditions, explored = model.encode(["a ring"]), torch.eye(6, dtype=torch.bool)[2:3]
+    with pytest.raises(AssertionError, match="revisit"):
+        denoise(
+            model, noise((1, 4, 8, 8), 5), conditions, torch.arange(1), AWM, explored, lambda *_: noise((4, 8, 8), 6)
+        )
+
+
 def test_denoise_without_exploration_is_deterministic(model):
     x = noise((2, 4, 8, 8), 5)
     conditions = model.encode(["a ring", "a ring"])

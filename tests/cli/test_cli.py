@@ -31,6 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "run/config.yaml": "steps: 3\noutput_dir: where/it/was\noptimizer: {lr: 0.5}\n",
         "run/checkpoint-2/state.json": "{}",
         "run/metrics.jsonl": '{"step": 0}\n',
+        "broken/config.yaml": "steps: x\n",
         "other/notes.txt": "",
     }
     for name, text in texts.items():
@@ -170,6 +171,8 @@ def test_bad_input_is_one_line_that_says_what_would_be_right(
         (["sample", "run", "--prompt", "a zebra", "--out", "x.png"], "--prompt: .* does not know 'zebra' .*"),
         (["sample", "run", "--prompt", "a ring", "--out", "x"], "--out: x is not named as an image; .*ends in .png.*"),
         (["sample", "run", "--prompt", "a ring", "--out", "x.txt"], "--out: x.txt is not named as an image; .*"),
+        (["sample", "run", "--prompt", "a ring", "--out", "x.psd"], "--out: x.psd is not named as an image; .*"),
+        (["sample", "broken", *PNG], "broken/config.yaml: steps: input should be a valid integer, got 'x'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
