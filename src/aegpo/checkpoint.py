@@ -27,7 +27,7 @@ def save(
     weights: Mapping[str, nn.Parameter],
     optimizer: torch.optim.AdamW,
     average: EMAModel | None,
-    base_entropy: Mapping[int, Tensor],
+    memory: Mapping[str, Tensor],
     counters: Mapping[str, Any],
 ) -> Path:
     """Write `checkpoint-STEP` into the run's folder, whole or not at all, and drop all but the newest two."""
@@ -41,7 +41,7 @@ def save(
         shadow = zip(weights, average.shadow_params, strict=True)
         save_file({name: tensor.contiguous() for name, tensor in shadow}, aside / "average.safetensors")
         counters = {**counters, "average_steps": average.optimization_step}
-    save_file({str(prompt): curve.contiguous() for prompt, curve in base_entropy.items()}, aside / "probe.safetensors")
+    save_file(dict(memory), aside / "memory.safetensors")
     (aside / "state.json").write_text(json.dumps({"step": step, **counters}))
     digests = {file.name: _digest(file) for file in sorted(aside.iterdir())}
     (aside / "manifest.json").write_text(json.dumps(digests, indent=1))
@@ -60,11 +60,11 @@ def load(
     weights: Mapping[str, nn.Parameter],
     optimizer: torch.optim.AdamW,
     average: EMAModel | None,
-) -> tuple[dict[str, Any], dict[int, Tensor]]:
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a checkpoint back into the model and the optimizer.
 
     Returns:
-        The counters (with `step`), and the base entropies by prompt id.
+        The counters (with `step`), and the memory's tensors.
 
     Raises:
         ValueError: the checkpoint is damaged, or belongs to a model with other trained weights.
@@ -84,8 +84,7 @@ def load(
         shadow = load_file(folder / "average.safetensors")
         average.shadow_params = [shadow[name].to(p.device) for name, p in weights.items()]
         average.optimization_step = state["average_steps"]
-    probe = load_file(folder / "probe.safetensors")
-    return state, {int(prompt): curve for prompt, curve in probe.items()}
+    return state, load_file(folder / "memory.safetensors")
 
 
 def load_weights(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:

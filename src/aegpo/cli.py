@@ -283,7 +283,7 @@ def _print_dry_run(config: "Config") -> None:
 
 def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     """What a step does and costs, in network evaluations x samples; evaluations of held-out prompts come on top."""
-    from aegpo.config import needs_probe
+    from aegpo.config import SPREAD_EVERY, SPREAD_PROMPTS, SPREAD_ROLLOUTS, needs_probe
 
     prompts, rollouts, steps = config.prompts_per_step, config.rollouts_per_step, config.sampler.steps
     explored = steps - 1 if config.exploration.rule == "all" else config.exploration.k
@@ -298,21 +298,35 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     if config.sampler.kind == "awm":
         passes["before the update"] = 1
     evaluations, written = sum(passes.values()), " + ".join(f"{count} {what}" for what, count in passes.items())
-    sampling, probe, training = twice * rollouts * steps, twice * prompts * steps * probed, twice * rows * evaluations
+    shared = config.sampler.shared_noise
+    branching = rollouts if shared else prompts * probed  # rollouts that begin on their prompt's trunk,
+    saved = branching * (steps if config.sampler.kind == "awm" else 1)  # and what of them it has walked, at least
+    trunk = prompts * (steps if probed else shared)  # with as many rollouts leaving it at once as can
+    sampling, probe, training = twice * (rollouts * steps - saved), twice * trunk, twice * rows * evaluations
     step = sampling + probe + training
+    few = min(SPREAD_PROMPTS, prompts)
+    measured = math.ceil(config.steps / SPREAD_EVERY) if config.exploration.rule == "reward_spread" else 0
+    spread = twice * measured * few * (SPREAD_ROLLOUTS * steps * (steps - 1) // 2 + (steps - 1) * (not probed))
+    base = probe * probed
+    from_trunk = f" - {branching} x {saved // max(branching, 1)} of a trunk" if saved else ""
     return [
         ("rollouts", f"of {prompts} prompts", rollouts),
         ("explored steps", f"of each rollout: {config.exploration.rule}", explored),
         ("rows", f"{rollouts} rollouts x {explored} explored steps", rows),
         ("optimizer updates", "", updates),
         ("micro-batches", f"of at most {most} rows", batches),
-        ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{guided}", sampling),
-        ("probe evaluations", f"{prompts} prompts x {steps} steps{guided}" if probed else "no rule needs it", probe),
+        ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{from_trunk}{guided}", sampling),
+        ("trunk evaluations", f"{prompts} prompts x {trunk // prompts} steps{guided}" if trunk else "no trunk", probe),
         ("training evaluations", f"{rows} rows x ({written}){guided}, at most", training),
         ("evaluations a step", "", step),
-        ("base probe", "the same for the base, at a prompt's first visit" if probed else "no rule needs it", probe),
-        ("evaluations in all", f"{config.steps} steps, base probes not counted, at most", config.steps * step),
-        ("base probes in all", f"{config.steps} steps, at most", config.steps * probe),
+        ("base probe", "the same for the base, at a prompt's first visit" if probed else "no rule needs it", base),
+        (
+            "spread of reward",
+            f"{measured} times, every {SPREAD_EVERY} steps" if measured else "no rule needs it",
+            spread,
+        ),
+        ("evaluations in all", f"{config.steps} steps, base probes not counted, at most", config.steps * step + spread),
+        ("base probes in all", f"{config.steps} steps, at most", config.steps * base),
     ]
 
 

@@ -33,7 +33,11 @@ Number = Annotated[float, BeforeValidator(_no_switch)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 AtLeastOne = Annotated[Number, Field(ge=1, allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
+Switch = Annotated[bool, Field(strict=True)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
+
+SPREAD_EVERY = 10  # training steps between two measurements of what exploring each denoising step is worth,
+SPREAD_PROMPTS, SPREAD_ROLLOUTS = 4, 6  # over so many prompts, and rollouts of each
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -91,31 +95,68 @@ class Sampler:
     """Noise scale of that transition; `awm` has none."""
     guidance: AtLeastOne = 1.0
     """Classifier-free guidance, the same in rollouts and training; 1 is off and costs half."""
+    shared_noise: Switch = False
+    """Start all rollouts of a prompt from the same noise (arXiv 2505.07818). Until the first explored step they are one
+    trajectory then, and it is computed once."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Probe:
+    """How attention entropy is read, where a rule asks for it (arXiv 2602.06825)."""
+
+    queries: Literal["image", "text", "all"] = "image"
+    """Whose attention is looked at."""
+    keys: Literal["all", "image", "text"] = "all"
+    """What it is spread over; less than `all` is renormalised."""
+    layers: tuple[str, ...] = ()
+    """Attention layers to read, as patterns such as `transformer_blocks.1?.attn`; empty: all."""
+    rows: Count = 64
+    """Query rows to read in a layer, at most, evenly spaced."""
+    normalise: Switch = False
+    """Divide by the logarithm of the number of keys, so that layers of different length weigh alike."""
+    noises: Count = 1
+    """First noises that a prompt's visits take in turn: the base policy is probed once for each."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Allocation:
     """How many rollouts each prompt gets (arXiv 2602.06825)."""
 
-    rule: Literal["uniform", "median_split"] = "uniform"
-    """`median_split`: prompts whose attention entropy moved more than the median get `high`, the others `low`."""
+    rule: Literal["uniform", "median_split", "proportional", "reward_variance"] = "uniform"
+    """`median_split`: prompts whose attention entropy moved more than the median get `high`, the others `low`.
+    `proportional`: in proportion to how far it moved. `reward_variance`: in proportion to the spread of reward in the
+    prompt's group when it was last visited. Under the last two every prompt gets at least 2."""
     low: Pair = 8
     """Rollouts of a prompt in the lower half."""
     high: Pair = 16
     """Rollouts of a prompt in the upper half."""
+    relative: Switch = False
+    """Take the move of entropy as a share of the base's entropy."""
+    smoothing: Fraction = 0.0
+    """Weight of a prompt's earlier visits in its signal; 0: only the newest counts."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Exploration:
     """At which denoising steps a rollout explores, and is trained (arXiv 2602.06825)."""
 
-    rule: Literal["all", "window", "random", "entropy_peaks", "delta_entropy_peaks"] = "all"
-    """`all` but the last; the first k (`window`); k drawn for each prompt (`random`); or, for each prompt, the k
-    highest of H(t) (`entropy_peaks`) or of |H(t) - H_base(t)| (`delta_entropy_peaks`)."""
+    rule: Literal[
+        "all", "window", "random", "entropy_peaks", "delta_entropy_peaks", "policy_noise", "reward_spread"
+    ] = "all"
+    """`all` but the last; the first k (`window`); k drawn for each prompt (`random`); or the k highest of H(t)
+    (`entropy_peaks`), of |H(t) - H_base(t)| (`delta_entropy_peaks`), of the sampler's own noise (`policy_noise`), or of
+    the spread of reward from exploring a step alone, measured every 10 training steps (`reward_spread`)."""
     k: Count = 4
     """How many steps a prompt explores; ignored by `all`."""
     min_distance: Count = 1
     """Steps between two peaks, at least."""
+    local_maxima: Switch = False
+    """Prefer true local maxima of the curve to steps that are merely high."""
+    per: Literal["prompt", "batch"] = "prompt"
+    """Follow each prompt's own curve, or the mean curve of the step's prompts."""
+    reading: Literal["plain", "above_batch", "times_noise"] = "plain"
+    """What `entropy_peaks` takes for the curve: H(t), what it has above the mean of the step's prompts, or H(t) times
+    the sampler's own noise."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -177,6 +218,7 @@ class Config:
     algorithm: str = "aegpo"
     """The named variant (see `aegpo.algorithms`); its choices lie under what is set beside it, over all else."""
     sampler: Sampler = Sampler()
+    probe: Probe = Probe()
     allocation: Allocation = Allocation()
     exploration: Exploration = Exploration()
     advantage: Advantage = Advantage()
@@ -225,7 +267,9 @@ def resolve(*layers: dict[str, Any]) -> Config:
 
 def needs_probe(config: Config) -> bool:
     """Whether any choice of the plan looks at attention entropy."""
-    return config.allocation.rule == "median_split" or config.exploration.rule.endswith("entropy_peaks")
+    return config.allocation.rule in ("median_split", "proportional") or config.exploration.rule.endswith(
+        "entropy_peaks"
+    )
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -317,6 +361,20 @@ def _check_budget(config: Config) -> None:
                 f"rollouts_per_step: {rollouts} rollouts cannot be split into {low} to {high} for each of {prompts} "
                 f"prompts; ask for {prompts * low} to {prompts * high}"
             )
+    if config.sampler.kind == "awm" and config.sampler.shared_noise:
+        raise ValueError(
+            "sampler.shared_noise: rollouts of sampler.kind awm differ by their first noise alone, so it cannot be "
+            "shared; leave it false, or choose flow_sde, dance_sde or cps"
+        )
+    if config.sampler.kind == "awm" and config.exploration.rule == "reward_spread":
+        raise ValueError(
+            "exploration.rule: reward_spread explores step by step with a sampler's noise, and sampler.kind awm has "
+            "none; choose another rule, or flow_sde, dance_sde or cps"
+        )
+    if config.exploration.reading == "above_batch" and config.exploration.per == "batch":
+        raise ValueError(
+            "exploration.reading: above_batch compares a prompt with the step's others; exploration.per must be prompt"
+        )
     k, apart = config.exploration.k, config.exploration.min_distance
     if config.exploration.rule != "all" and k >= config.sampler.steps:
         raise ValueError(

@@ -11,13 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aegpo.config import Config, Sampler
+from aegpo.adapt.memory import Memory
+from aegpo.config import SPREAD_PROMPTS, SPREAD_ROLLOUTS, Config, Sampler
 from aegpo.math.transitions import log_prob, transition
 from aegpo.models.base import Denoiser
 from aegpo.models.probe import AttentionProbe
-from aegpo.types import Conditions, Plan, Prompt, Rollouts, Signals, Transitions
+from aegpo.rewards import Reward
+from aegpo.types import Conditions, Plan, Prompt, Rollouts, Signals, Transitions, Trunk
 
-ROLLOUT, PROBE, EVALUATION = 0, 1, 2  # what noise is for: the first number of its key
+ROLLOUT, TRUNK, EVALUATION = 0, 1, 2  # what noise is for: the first number of its key
 
 
 def noise(shape: tuple[int, ...], *key: int) -> Tensor:
@@ -35,35 +37,63 @@ def _first_latents(model: Denoiser, keys: Sequence[tuple[int, ...]]) -> Tensor:
 
 
 def probe(
-    model: Denoiser,
-    prompts: Sequence[Prompt],
-    conditions: Conditions,
-    config: Config,
-    base_entropy: dict[int, Tensor],
-) -> Signals:
+    model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, config: Config, visit: int, memory: Memory
+) -> tuple[Signals, Trunk]:
     """Denoise each prompt once by ODE, under the policy and under the base, and read the attention (arXiv 2602.06825).
 
-    A prompt's first latent is its own, always the same, so the base's entropy is computed at its first visit only:
-    `base_entropy`, by prompt id, float64 (N,), is read and filled.
+    Args:
+        model: the policy.
+        prompts: of the step.
+        conditions: the encoded prompts.
+        config: a resolved config.
+        visit: how often the prompts were visited before, which says from which of their own noises they start.
+        memory: its `base_entropy` is read, and filled at the first visit of a prompt and its noise.
+
+    Returns:
+        The entropies, and the policy's trajectories, which `collect` lets rollouts branch off.
     """
+    how, number = config.probe, visit % config.probe.noises
 
-    def curves(which: list[int]) -> Tensor:
-        parts = []
+    def walk(which: list[int]) -> tuple[Tensor, Trunk]:
+        curves, parts = [], []
         for part in torch.tensor(which).split(config.optimizer.micro_batch):
-            x = _first_latents(model, [(PROBE, config.seed, prompts[i].id) for i in part.tolist()])
-            with AttentionProbe(model.image_tokens) as attention:
-                denoise(model, x, conditions, part, config.sampler)
-            layers = attention.entropy()[:, -len(part) :]  # under guidance the empty prompt's rows come first
-            parts.append(layers.unflatten(0, (config.sampler.steps, -1)).double().mean(1).T.cpu())
-        return torch.cat(parts)
+            x = _first_latents(model, [(TRUNK, config.seed, prompts[i].id, number) for i in part.tolist()])
+            with AttentionProbe(
+                model.network,
+                rows=how.rows,
+                queries=how.queries,
+                keys=how.keys,
+                layers=how.layers,
+                half="both" if config.sampler.guidance == 1 else "conditional",
+                normalise=how.normalise,
+            ) as attention:
+                parts.append(denoise(model, x, conditions, part, config.sampler))
+            layers = attention.entropy().unflatten(0, (config.sampler.steps, -1))
+            curves.append(layers.double().mean(1).T.cpu())
+        return torch.cat(curves), _joined(parts)
 
-    new = [i for i, prompt in enumerate(prompts) if prompt.id not in base_entropy]
+    keys = [(prompt.id, number) for prompt in prompts]
+    new = [i for i, key in enumerate(keys) if key not in memory.base_entropy]
     if new:
         with model.reference():
-            base_entropy.update(zip((prompts[i].id for i in new), curves(new), strict=True))
-    return Signals(curves(list(range(len(prompts)))), torch.stack([base_entropy[prompt.id] for prompt in prompts]))
+            memory.add_base_entropy([keys[i] for i in new], walk(new)[0])
+    base = torch.stack([memory.base_entropy[key] for key in keys])
+    entropy, trunk = walk(list(range(len(prompts))))
+    return Signals(entropy, base), trunk
 
 
+def walk_trunk(
+    model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, plan: Plan, config: Config, visit: int
+) -> Trunk:
+    """The trunk without the probe: each prompt's noiseless trajectory, to where its rollouts leave it."""
+    parts, number = [], visit % config.probe.noises
+    for part in torch.arange(len(prompts)).split(config.optimizer.micro_batch):
+        x = _first_latents(model, [(TRUNK, config.seed, prompts[i].id, number) for i in part.tolist()])
+        parts.append(denoise(model, x, conditions, part, config.sampler, plan.leaves[part] + 1))
+    return _joined(parts)
+
+
+@torch.no_grad()
 def collect(
     model: Denoiser,
     prompts: Sequence[Prompt],
@@ -71,30 +101,68 @@ def collect(
     plan: Plan,
     config: Config,
     step: int,
+    trunk: Trunk | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Rollouts:
-    """Draw the rollouts that the plan asks for, a micro-batch at a time, and keep what they explored.
+    """Draw the rollouts that the plan asks for, and keep what they explored.
 
-    `progress` is told how many more rollouts are done.
+    A rollout that starts from its prompt's own noise is the trunk until it explores, so it begins there, with the
+    velocity that the trunk had there. With a trunk, the first rollout of each prompt does so, and under
+    `sampler.shared_noise` all do; the others start from noises of their own.
+
+    Args:
+        model: the policy.
+        prompts: of the step.
+        conditions: the encoded prompts.
+        plan: how many rollouts, and which steps they explore.
+        config: a resolved config.
+        step: of the training, a part of every noise's key.
+        trunk: the prompts' noiseless trajectories, at least to where rollouts leave them.
+        progress: told how many more of the n N denoising steps are done.
+
+    Returns:
+        The images, in the order of `plan.group`, and what was explored.
     """
-    images, rows = [], []
-    names = [
-        (prompt.id, i) for prompt, count in zip(prompts, plan.rollouts.tolist(), strict=True) for i in range(count)
-    ]
-    for part in torch.arange(len(names)).split(config.optimizer.micro_batch):
-        keys = [(ROLLOUT, config.seed, step, *names[i]) for i in part.tolist()]
-        x, prompt = _first_latents(model, [(*key, 0) for key in keys]), plan.group[part]
-        explored, fresh = plan.explored[prompt], partial(_noise_of_step, model.latent_shape, keys)
-        if config.sampler.kind == "awm":
-            x, _ = denoise(model, x, conditions, prompt, config.sampler)
-            found = revisit(model, x, conditions, prompt, config.sampler, explored, fresh)
-        else:
-            x, found = denoise(model, x, conditions, prompt, config.sampler, explored, fresh)
-        images.append(model.decode(x))
-        rows += [replace(row, rollout=part[row.rollout]) for row in found]
-        progress(len(part))
+    sampler, most = config.sampler, config.optimizer.micro_batch
+    prompt, matching = plan.group, config.sampler.kind == "awm"
+    names = [(p, i) for p, count in enumerate(plan.rollouts.tolist()) for i in range(count)]
+    keys = [(ROLLOUT, config.seed, step, prompts[p].id, i) for p, i in names]
+    fresh = partial(_noise_of_step, model.latent_shape, keys)
+    explored = plan.explored[prompt]
+
+    x = _first_latents(model, [(*key, 0) for key in keys])
+    leaves = torch.full_like(prompt, -1)  # the step at which a rollout leaves its trunk: most were never on one
+    if trunk is not None:
+        on_trunk = torch.tensor([sampler.shared_noise or i == 0 for _, i in names])
+        leaves[on_trunk] = sampler.steps if matching else plan.leaves[prompt[on_trunk]]
+        x[on_trunk] = trunk.latents[prompt[on_trunk], leaves[on_trunk]]
+
+    rows = []
+    sigmas = model.sigmas(sampler.steps)
+    for at in range(sampler.steps):
+        sigma, sigma_next = sigmas[at].item(), sigmas[at + 1].item()
+        here = (leaves <= at).nonzero().flatten()
+        velocity = torch.empty_like(x)
+        if trunk is not None:
+            velocity[leaves == at] = trunk.velocities[prompt[leaves == at], at]
+        for part in _batches(leaves < at, most):
+            velocity[part] = model.predict(x[part], sigmas[at], conditions, prompt[part], sampler.guidance)
+            progress(len(part))
+        progress(int((leaves >= at).sum()))
+        x_next = x.clone()
+        x_next[here], _ = transition(x[here], velocity[here], sigma, sigma_next, "ode", eta=0.0)
+        if not matching and len(which := explored[:, at].nonzero().flatten()):
+            mean, std = transition(
+                x[which], velocity[which], sigma, sigma_next, sampler.kind, sampler.eta, sigmas[1].item()
+            )
+            x_next[which] = mean + std * torch.stack([fresh(i, at) for i in which.tolist()]).to(x.device)
+            rows.append(_rows(x[which], x_next[which], mean, std, torch.full_like(which, at), which, prompt))
+        x = x_next
+    if matching:
+        rows = revisit(model, x, conditions, prompt, config, explored, fresh)
     transitions = Transitions(**{name: torch.cat([getattr(row, name) for row in rows]) for name in vars(rows[0])})
-    return Rollouts(np.concatenate(images), plan.group, transitions)
+    images = np.concatenate([model.decode(part) for part in x.split(most)])
+    return Rollouts(images, prompt, transitions)
 
 
 def draw(model: Denoiser, prompts: Sequence[Prompt], config: Config) -> np.ndarray:
@@ -105,52 +173,84 @@ def draw(model: Denoiser, prompts: Sequence[Prompt], config: Config) -> np.ndarr
         part = wanted[at : at + config.optimizer.micro_batch]
         x = _first_latents(model, [(EVALUATION, config.seed, prompt.id, i) for prompt, i in part])
         conditions = model.encode([prompt.text for prompt, _ in part])
-        x, _ = denoise(model, x, conditions, torch.arange(len(part)), config.sampler)
-        pictures.append(model.decode(x))
+        walked = denoise(model, x, conditions, torch.arange(len(part)), config.sampler)
+        pictures.append(model.decode(walked.latents[:, -1]))
     return np.concatenate(pictures)
+
+
+def reward_spread(
+    model: Denoiser,
+    prompts: Sequence[Prompt],
+    conditions: Conditions,
+    reward: Reward,
+    config: Config,
+    step: int,
+    visit: int,
+    trunk: Trunk | None = None,
+) -> Tensor:
+    """How far exploring each step alone spreads the rewards of a group: what exploring it is worth.
+
+    A few rollouts of the first few prompts start from their prompt's noise and explore one step alone, for every step
+    but the last.
+
+    Returns:
+        float64 (N,): the standard deviation of reward inside a group, mean over the prompts; 0 for the last step.
+    """
+    few, steps = min(SPREAD_PROMPTS, len(prompts)), config.sampler.steps
+    shared = replace(config, sampler=replace(config.sampler, shared_noise=True))
+    each = torch.eye(steps, dtype=torch.bool)[:-1]
+    if trunk is None:
+        all_the_way = Plan(torch.ones(few, dtype=torch.int64), each[-1:].expand(few, -1))
+        trunk = walk_trunk(model, prompts[:few], conditions, all_the_way, shared, visit)
+    owner = torch.arange(few).repeat_interleave(steps - 1)  # every prompt once for each step
+    plan = Plan(torch.full_like(owner, SPREAD_ROLLOUTS), each.repeat(few, 1))
+    asked = [prompts[i] for i in owner.tolist()]
+    drawn = collect(model, asked, conditions[owner], plan, shared, step, trunk[owner])
+    judged = [asked[i] for i in drawn.group.tolist()]
+    scores = reward(drawn.images, [prompt.text for prompt in judged], [prompt.metadata for prompt in judged]).score
+    spread = torch.from_numpy(scores).double().reshape(few, steps - 1, SPREAD_ROLLOUTS).std(2, correction=0).mean(0)
+    return torch.cat([spread, spread.new_zeros(1)])
 
 
 @torch.no_grad()
 def denoise(
-    model: Denoiser,
-    x: Tensor,
-    conditions: Conditions,
-    prompt: Tensor,
-    sampler: Sampler,
-    explored: Tensor | None = None,
-    fresh: Callable[[int, int], Tensor] | None = None,
-) -> tuple[Tensor, list[Transitions]]:
-    """One batch from noise to clean latents: noise is injected at the explored steps, every other step is ODE.
+    model: Denoiser, x: Tensor, conditions: Conditions, prompt: Tensor, sampler: Sampler, length: Tensor | None = None
+) -> Trunk:
+    """One batch from noise to clean latents by ODE, or as many steps of it as are asked for.
 
     Args:
         model: the policy.
         x: first latents, float32 (B, ...).
         conditions: the encoded prompts.
         prompt: int64 (B,), the row of the conditions that each latent belongs to.
-        sampler: the settings of the steps; with `awm`, whose jumps are no steps, none may be explored.
-        explored: bool (B, N); none: no step is.
-        fresh: noise for (latent, denoising step); needed where steps are explored.
+        sampler: the settings of the steps.
+        length: int64 (B,), how many steps each latent takes; by default all N.
 
     Returns:
-        Clean latents (B, ...), and the explored transitions of each step, `rollout` counting the latents of this batch.
+        The trajectories, one a latent; clean ones are `latents[:, -1]`.
     """
-    assert explored is None or sampler.kind != "awm", "matching explores by `revisit`"
     sigmas = model.sigmas(sampler.steps)
-    rows = []
+    latents, velocities = [x], []
     for step in range(sampler.steps):
         sigma, sigma_next = sigmas[step].item(), sigmas[step + 1].item()
-        velocity = model.predict(x, sigmas[step], conditions, prompt, sampler.guidance)
-        x_next, _ = transition(x, velocity, sigma, sigma_next, "ode", eta=0.0)
-        if explored is not None and fresh is not None and explored[:, step].any():
-            which = explored[:, step].nonzero().flatten()
-            here = which.to(x.device)
-            mean, std = transition(
-                x[here], velocity[here], sigma, sigma_next, sampler.kind, sampler.eta, sigmas[1].item()
-            )
-            x_next[here] = mean + std * torch.stack([fresh(i, step) for i in which.tolist()]).to(x.device)
-            rows.append(_rows(x[here], x_next[here], mean, std, torch.full_like(which, step), which, prompt))
-        x = x_next
-    return x, rows
+        here = torch.arange(len(x)) if length is None else (length > step).nonzero().flatten()
+        velocity = torch.zeros_like(x)
+        if len(here):
+            velocity[here] = model.predict(x[here], sigmas[step], conditions, prompt[here], sampler.guidance)
+        x, _ = transition(x, velocity, sigma, sigma_next, "ode", eta=0.0)
+        latents.append(x)
+        velocities.append(velocity)
+    return Trunk(torch.stack(latents, 1), torch.stack(velocities, 1))
+
+
+def _batches(which: Tensor, most: int) -> Sequence[Tensor]:
+    """The places where `which`, bool (n,), holds, `most` of them at a time."""
+    places = which.nonzero().flatten()
+    return places.split(most) if len(places) else ()
+
+
+def _joined(parts: Sequence[Trunk]) -> Trunk:
+    return Trunk(torch.cat([part.latents for part in parts]), torch.cat([part.velocities for part in parts]))
 
 
 @torch.no_grad()
@@ -159,7 +259,7 @@ def revisit(
     x0: Tensor,
     conditions: Conditions,
     prompt: Tensor,
-    sampler: Sampler,
+    config: Config,
     explored: Tensor,
     fresh: Callable[[int, int], Tensor],
 ) -> list[Transitions]:
@@ -173,16 +273,17 @@ def revisit(
         x0: clean latents, float32 (B, ...).
         conditions: the encoded prompts.
         prompt: int64 (B,), the row of the conditions that each latent belongs to.
-        sampler: the settings of the steps.
+        config: a resolved config.
         explored: bool (B, N).
         fresh: noise for (latent, denoising step).
 
     Returns:
         The transitions, `rollout` counting the latents of this batch.
     """
+    sampler = config.sampler
     sigmas = model.sigmas(sampler.steps)
     rows = []
-    for part in explored.nonzero().split(len(x0)):  # as many in a forward as there are latents
+    for part in explored.nonzero().split(config.optimizer.micro_batch):
         which, step = part.unbind(1)
         clean, sigma = x0[which.to(x0.device)], sigmas[step].to(x0)
         e = torch.stack([fresh(i, t) for i, t in part.tolist()]).to(x0.device)

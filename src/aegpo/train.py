@@ -15,9 +15,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from aegpo import checkpoint, logbook
-from aegpo.adapt.allocation import allocate
-from aegpo.adapt.exploration import explore
-from aegpo.config import Config, needs_probe
+from aegpo.adapt.memory import Memory
+from aegpo.adapt.plan import make_plan
+from aegpo.config import SPREAD_EVERY, Config, needs_probe
 from aegpo.data import draw
 from aegpo.evaluation import averaged, evaluate
 from aegpo.math.advantages import group_advantages
@@ -25,10 +25,10 @@ from aegpo.math.losses import clipped_surrogate
 from aegpo.math.transitions import gaussian_kl, log_prob, transition
 from aegpo.models.base import Denoiser
 from aegpo.rewards import Reward
-from aegpo.rollout import collect, probe
-from aegpo.types import Conditions, LossOutput, Plan, Prompt, Signals, Transitions
+from aegpo.rollout import collect, probe, reward_spread, walk_trunk
+from aegpo.types import Conditions, LossOutput, Prompt, Transitions
 
-SHUFFLE, STEPS = 3, 4  # what a random choice is for: the first number of its key
+SHUFFLE = 3  # what a random choice is for: the first number of its key
 
 
 class Display(Protocol):
@@ -80,8 +80,11 @@ def train(
         weight_decay=config.optimizer.weight_decay,
     )
     average = EMAModel(model.trainable.values(), decay=config.optimizer.ema) if config.optimizer.ema else None
-    base_entropy: dict[int, Tensor] = {}
-    probed = logbook.fingerprint(config.model, config.seed, config.sampler, [prompt.text for prompt in prompts])
+    memory = Memory()
+    remembers = logbook.fingerprint(
+        *(config.model, config.seed, config.sampler, config.probe, config.allocation, config.reward),
+        *(prompt.text for prompt in prompts),
+    )
     done, began = 0, time.monotonic()
 
     def record(step: int, metrics: dict[str, Any]) -> None:
@@ -94,14 +97,14 @@ def train(
         display.step(metrics)
 
     def save(step: int) -> None:
-        state = {"forwards": model.forwards, "seconds": time.monotonic() - began, "probed": probed}
-        checkpoint.save(run, step, model.trainable, optimizer, average, base_entropy, state)
+        state = {"forwards": model.forwards, "seconds": time.monotonic() - began, "remembers": remembers}
+        checkpoint.save(run, step, model.trainable, optimizer, average, memory.tensors(), state)
 
     if resume:
-        state, base_entropy = checkpoint.load(resume, model.trainable, optimizer, average)
+        state, remembered = checkpoint.load(resume, model.trainable, optimizer, average)
         done, model.forwards, began = state["step"], state["forwards"], began - state["seconds"]
-        if state["probed"] != probed:
-            base_entropy = {}
+        if state["remembers"] == remembers:
+            memory = Memory.of(remembered)
         checkpoint.drop_after(run, done)
         logbook.cut(run, done)
     else:
@@ -113,15 +116,26 @@ def train(
         texts = [prompt.text for prompt in batch]
         conditions = model.encode(texts)
 
-        signals = probe(model, batch, conditions, config, base_entropy) if needs_probe(config) else None
-        plan = make_plan(config, signals, step)
+        visit = step // (len(prompts) // config.prompts_per_step)
 
-        display.begin("rollouts", int(plan.rollouts.sum()))
-        rollouts = collect(model, batch, conditions, plan, config, step, display.advance)
+        signals, trunk = None, None
+        if needs_probe(config):
+            signals, trunk = probe(model, batch, conditions, config, visit, memory)
+        if config.exploration.rule == "reward_spread" and step % SPREAD_EVERY == 0:
+            memory.reward_spread = reward_spread(model, batch, conditions, reward, config, step, visit, trunk)
+        plan = make_plan(config, batch, signals, memory, model.sigmas(config.sampler.steps), step)
+        if config.sampler.shared_noise and trunk is None:
+            trunk = walk_trunk(model, batch, conditions, plan, config, visit)
+
+        display.begin("rollouts", int(plan.rollouts.sum()) * config.sampler.steps)
+        rollouts = collect(model, batch, conditions, plan, config, step, trunk, display.advance)
         asked = [batch[i] for i in rollouts.group.tolist()]
         judged = reward(rollouts.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
         scores, how = torch.from_numpy(judged.score), config.advantage
         advantage = group_advantages(scores, rollouts.group, std=how.std, eps=how.eps, clip=how.clip)
+        if config.allocation.rule == "reward_variance":
+            spread = torch.stack([scores[rollouts.group == i].std(correction=0) for i in range(len(batch))])
+            memory.visit([prompt.id for prompt in batch], spread, config.allocation.smoothing)
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(config, step)
         rows = rollouts.transitions.with_advantages(advantage.to(model.device))
@@ -135,39 +149,6 @@ def train(
         record(step + 1, about | logbook.describe(plan, signals, scores, advantage) | learned)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save(step + 1)
-
-
-# ---------------------------------------------------------------- plan
-
-
-def make_plan(config: Config, signals: Signals | None, step: int) -> Plan:
-    """Rollouts for each prompt, and the steps at which they explore."""
-    shape = (config.prompts_per_step, config.sampler.steps)
-    signals = signals or Signals(torch.zeros(shape), torch.zeros(shape))
-    watched = signals.entropy
-    if config.exploration.rule == "delta_entropy_peaks":
-        watched = signals.entropy - signals.base_entropy
-    return Plan(
-        allocate(
-            signals.delta_entropy,
-            config.allocation.rule,
-            low=config.allocation.low,
-            high=config.allocation.high,
-            total=config.rollouts_per_step,
-        ),
-        explore(
-            watched,
-            config.exploration.rule,
-            k=config.exploration.k,
-            min_distance=config.exploration.min_distance,
-            seed=seed_of(STEPS, config.seed, step),
-        ),
-    )
-
-
-def seed_of(*key: int) -> int:
-    """One number from a key of several, well mixed."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
 # ---------------------------------------------------------------- update

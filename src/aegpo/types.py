@@ -35,6 +35,9 @@ class Conditions:
     null_embeds: Tensor
     null_pooled: Tensor
 
+    def __getitem__(self, index: Tensor) -> "Conditions":
+        return replace(self, embeds=self.embeds[index], pooled=self.pooled[index])
+
 
 @dataclass(frozen=True)
 class Signals:
@@ -53,6 +56,27 @@ class Signals:
         """|mean_t H_theta - mean_t H_base|, float64 (P,)."""
         return (self.entropy.mean(1) - self.base_entropy.mean(1)).abs()
 
+    @property
+    def relative_delta_entropy(self) -> Tensor:
+        """The same as a share of mean_t H_base, float64 (P,)."""
+        return self.delta_entropy / self.base_entropy.mean(1)
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The noiseless trajectory of each prompt: what its rollouts have in common before they explore.
+
+    Attributes:
+        latents: float32 (P, N + 1, ...), from the first latent on.
+        velocities: float32 (P, N, ...), after guidance, at each latent but the last; 0 where the trunk has ended.
+    """
+
+    latents: Tensor
+    velocities: Tensor
+
+    def __getitem__(self, index: Tensor) -> "Trunk":
+        return Trunk(self.latents[index], self.velocities[index])
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -70,6 +94,11 @@ class Plan:
     def group(self) -> Tensor:
         """The prompt of every rollout, int64 (n,): prompt 0's rollouts first, then prompt 1's."""
         return self.rollouts.new_tensor(range(len(self.rollouts))).repeat_interleave(self.rollouts)
+
+    @property
+    def leaves(self) -> Tensor:
+        """Each prompt's first explored step, int64 (P,): until there, rollouts from one noise are one trajectory."""
+        return self.explored.int().argmax(1)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,14 @@
 """At which denoising steps each prompt explores: only there is noise injected, and only those steps are trained."""
 
+import math
+from itertools import accumulate, groupby
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Rule = Literal["all", "window", "random", "entropy_peaks", "delta_entropy_peaks"]
+Rule = Literal["all", "window", "random", "entropy_peaks", "delta_entropy_peaks", "policy_noise", "reward_spread"]
+Per = Literal["prompt", "batch"]
 
 
 def explore(
@@ -15,6 +18,8 @@ def explore(
     min_distance: int = 1,
     last: bool = False,
     *,
+    local_maxima: bool = False,
+    per: Per = "prompt",
     start: int = 0,
     seed: int = 0,
 ) -> Tensor:
@@ -28,9 +33,15 @@ def explore(
       caller passes that change, signed or not, as `entropy`. Before the first update it is 0 everywhere, and the k
       first steps are taken: a sampler's noise falls along the trajectory, so the first steps are where rollouts
       differ most.
+    * `policy_noise`: the k steps at which the sampler's own noise is largest (E-GRPO, whose entropy of a Gaussian step,
+      `ln(2 pi e std^2) / 2`, ranks them alike). The caller passes the standard deviations as `entropy`.
+    * `reward_spread`: the k steps from which exploring, alone, spreads the rewards of a group most. The caller passes
+      that measured spread as `entropy`.
 
-    Steps are taken highest first, equal ones by index. With `min_distance` above 1 a step too near to one already
-    taken is passed over, and so is one that would leave no room for k of them.
+    The last four are the peaks of a curve. Steps are taken highest first, equal ones by index. With `local_maxima`
+    those that no neighbour tops come first (of a plateau, its first step), and others only where there are fewer than
+    k. With `min_distance` above 1 a step too near to one already taken is passed over, and so is one that would leave
+    no room for k of them.
 
     Args:
         entropy: (P, N), float: one row a prompt, one column a denoising step, first step first. The rules `all`,
@@ -38,6 +49,8 @@ def explore(
         rule: how the steps are chosen.
         k: how many steps a prompt explores; `all` ignores it.
         min_distance: smallest difference between two explored steps of a prompt; `all` and `window` ignore it.
+        local_maxima: whether true local maxima come before steps that are merely high; for the peaks of a curve.
+        per: whether each `prompt` follows its own curve, or all follow the mean curve of the `batch`; likewise.
         last: whether the last step, the one onto sigma = 0, may be chosen. Every sampler's is deterministic.
         start: first step of the `window`.
         seed: what `random` draws from; the same seed gives the same steps on every process.
@@ -55,6 +68,9 @@ def explore(
         raise ValueError(f"entropy[{prompt}, {step}] is {entropy[prompt, step].item()}; entropies must be finite")
     prompts, steps = entropy.shape
     available = steps if last else steps - 1
+    curves = entropy.abs() if rule == "delta_entropy_peaks" else entropy
+    if per == "batch":
+        curves = curves.mean(0, keepdim=True).expand_as(curves)
     match rule:
         case "all":
             chosen = [range(available)] * prompts
@@ -65,26 +81,33 @@ def explore(
         case "random":
             noise = torch.rand(prompts, available, generator=torch.Generator().manual_seed(seed))
             chosen = [_highest(row, k, min_distance) for row in noise.tolist()]
-        case "entropy_peaks":
-            chosen = [_highest(row, k, min_distance) for row in entropy[:, :available].tolist()]
-        case "delta_entropy_peaks":
-            chosen = [_highest(row, k, min_distance) for row in entropy[:, :available].abs().tolist()]
+        case "entropy_peaks" | "delta_entropy_peaks" | "policy_noise" | "reward_spread":
+            chosen = [_highest(row, k, min_distance, local_maxima) for row in curves[:, :available].tolist()]
         case _:
             raise ValueError(f"rule must be one of {', '.join(get_args(Rule))}, not {rule!r}")
     return torch.tensor([[step in row for step in range(steps)] for row in chosen], dtype=torch.bool)
 
 
-def _highest(signal: list[float], k: int, min_distance: int) -> list[int]:
+def _highest(signal: list[float], k: int, min_distance: int, local_maxima: bool = False) -> list[int]:
     """The steps of the k highest values, at least `min_distance` apart, highest first."""
     if _room([], len(signal), min_distance) < k:
         raise ValueError(f"{k} steps, {min_distance} apart, do not fit into {len(signal)} steps")
     chosen: list[int] = []
-    by_height = sorted(range(len(signal)), key=lambda i: -signal[i])  # stable: equal values keep the order of the steps
+    maxima = _local_maxima(signal) if local_maxima else set()
+    by_height = sorted(range(len(signal)), key=lambda i: (i not in maxima, -signal[i]))  # stable: ties by step
     for step in by_height:
         apart = all(abs(step - other) >= min_distance for other in chosen)
         if apart and len(chosen) < k <= len(chosen) + 1 + _room([*chosen, step], len(signal), min_distance):
             chosen.append(step)
     return chosen
+
+
+def _local_maxima(signal: list[float]) -> set[int]:
+    """The steps before and after which the signal falls, the ends counted; of a plateau, the first."""
+    runs = [(value, len(list(same))) for value, same in groupby(signal)]
+    starts = list(accumulate((length for _, length in runs), initial=0))
+    values = [-math.inf, *(value for value, _ in runs), -math.inf]
+    return {starts[i] for i in range(len(runs)) if values[i] < values[i + 1] > values[i + 2]}
 
 
 def _room(chosen: list[int], steps: int, min_distance: int) -> int:

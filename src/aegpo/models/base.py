@@ -18,14 +18,17 @@ class Denoiser(Protocol):
     Attributes:
         trainable: the parameters that are trained, by name.
         latent_shape: of one image, such as (channels, height, width).
-        image_tokens: query rows of the attention that stand for the image; they come first.
         forwards: network evaluations x samples so far, a backward counted as two.
     """
 
     trainable: dict[str, nn.Parameter]
     latent_shape: tuple[int, ...]
-    image_tokens: int
     forwards: int
+
+    @property
+    def network(self) -> nn.Module:
+        """The transformer or the U-Net, whose attention a probe reads; within `reference`, the base policy's."""
+        ...
 
     @property
     def device(self) -> torch.device:

@@ -14,17 +14,22 @@ from aegpo.math.entropy import attention_entropy
 class AttentionProbe(TorchFunctionMode):
     """Within it, every `scaled_dot_product_attention` of the network leaves its row entropy behind.
 
-    Queries and keys are seen as the attention itself sees them: after their norms and position codes. Queries are image
-    tokens, evenly spaced; keys are all tokens.
-
-    Args:
-        image_tokens: how many query rows stand for the image; they come first.
-        rows: how many of them are read, at most.
+    Interim: SD3 only.
     """
 
-    def __init__(self, image_tokens: int, rows: int = 64) -> None:
+    def __init__(
+        self,
+        network: Any,
+        *,
+        rows: int = 64,
+        queries: str = "image",
+        keys: str = "all",
+        layers: Any = (),
+        half: str = "both",
+        normalise: bool = False,
+    ) -> None:
         super().__init__()
-        self._rows = torch.linspace(0, image_tokens - 1, min(rows, image_tokens)).round().long()
+        self.network, self.rows, self.queries, self.keys, self.half = network, rows, queries, keys, half
         self._layers: list[Tensor] = []
 
     def __torch_function__(
@@ -37,10 +42,18 @@ class AttentionProbe(TorchFunctionMode):
 
     @torch.no_grad()
     def _read(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, scale: float | None = None, **__: Any) -> None:
-        rows = self._rows.to(query.device)
+        image = IMAGE_TOKENS
+        if self.half == "conditional":
+            query, key = query.chunk(2)[1], key.chunk(2)[1]
+        rows = torch.linspace(0, image - 1, min(self.rows, image)).round().long()
+        if self.keys == "text":
+            key = key[:, :, image:]
         self._layers.append(attention_entropy(query, key, scale=scale, rows=rows).mean((1, 2)))
 
     def entropy(self) -> Tensor:
         """Mean over heads and rows since the last call, in nats; float32 (layers, B)."""
         layers, self._layers = self._layers, []
         return torch.stack(layers)
+
+
+IMAGE_TOKENS = 16

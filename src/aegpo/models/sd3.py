@@ -70,7 +70,11 @@ class SD3:
                 f"model.resolution: {settings.resolution} is above {largest} pixels, the largest this model knows"
             )
         self.latent_shape = (config.in_channels, side, side)
-        self.image_tokens = (side // config.patch_size) ** 2
+
+    @property
+    def network(self) -> nn.Module:
+        """The transformer."""
+        return self.transformer
 
     @property
     def device(self) -> torch.device:

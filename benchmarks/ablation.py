@@ -1,0 +1,216 @@
+"""Where should the budget go? Every exploration rule and every allocation rule, at equal cost, on the embedded world.
+
+python benchmarks/ablation.py [--json FILE] [--only WORD ...] [--seeds 0 1 2] [--workers N]
+
+Each cell trains the embedded model until its training has cost the last of MARKS network evaluations (the probe's and
+the base's among them; a backward counts as two) and judges it on the held-out prompts at each mark. Cells that stand in
+the JSON file already are not run again, so a stopped run goes on.
+"""
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from demo import git
+from rich.console import Console
+from rich.table import Table
+
+MARKS = (10_000, 20_000, 30_000, 40_000)  # network evaluations x samples spent on training when it is judged
+PROMPTS = 64  # of the world's training prompts, so that each is visited again and again
+
+COMMON: dict[str, Any] = {
+    "model": {"lora": {"rank": 32, "alpha": 64}},
+    "optimizer": {"lr": 1e-3, "betas": [0.9, 0.99], "max_grad_norm": 1e-3, "updates": 2, "micro_batch": 96},
+    "loss": {"clip_low": 1e-4, "clip_high": 1e-4},
+    "steps": 100_000,
+    "eval_every": 0,
+    "eval_images": 2,
+    "save_every": 100_000,
+}
+HOSTS: dict[str, dict[str, Any]] = {
+    "cps": {"sampler": {"kind": "cps", "eta": 0.6}},
+    "awm": {
+        "sampler": {"kind": "awm"},
+        "model": {"train": "full"},
+        "optimizer": {"lr": 3e-4, "max_grad_norm": 1.0, "updates": 4},
+        "loss": {"kl": 0.08, "clip_low": 0.1, "clip_high": 0.1},
+    },
+}
+EXPLORATION: dict[str, dict[str, Any]] = {
+    "all": {"exploration": {"rule": "all"}},
+    "window, first 4": {"exploration": {"rule": "window"}},
+    "random 4": {"exploration": {"rule": "random"}},
+    "H(t), image to all": {"exploration": {"rule": "entropy_peaks"}},
+    "H(t), image to text": {"exploration": {"rule": "entropy_peaks"}, "probe": {"keys": "text"}},
+    "H(t) above the batch": {"exploration": {"rule": "entropy_peaks", "reading": "above_batch"}},
+    "H(t) x noise": {"exploration": {"rule": "entropy_peaks", "reading": "times_noise"}},
+    "H(t), local maxima": {"exploration": {"rule": "entropy_peaks", "local_maxima": True, "min_distance": 2}},
+    "|dH(t)|": {"exploration": {"rule": "delta_entropy_peaks"}},
+    "reward spread": {"exploration": {"rule": "reward_spread"}},
+}
+ALLOCATION: dict[str, dict[str, Any]] = {
+    name: {"allocation": {"rule": name}} for name in ("uniform", "median_split", "proportional", "reward_variance")
+}
+
+
+class Enough(Exception):
+    """The budget is spent."""
+
+
+def cells() -> Iterator[tuple[str, str, str]]:
+    """Host, exploration and allocation: every exploration with the uniform allocation, then some of them crossed."""
+    for exploration in EXPLORATION:
+        yield "cps", exploration, "uniform"
+    for allocation in ("median_split", "proportional", "reward_variance"):
+        yield "cps", "window, first 4", allocation
+    for exploration in ("random 4", "window, first 4", "|dH(t)|"):
+        yield "awm", exploration, "uniform"
+    for allocation in ("median_split", "proportional", "reward_variance"):
+        yield "awm", "random 4", allocation
+    for exploration in ("|dH(t)|", "random 4"):
+        for allocation in ("median_split", "proportional", "reward_variance"):
+            yield "cps", exploration, allocation
+
+
+def train_cell(host: str, exploration: str, allocation: str, seed: int) -> dict[str, Any]:
+    """One training; held-out reward and pass rate before it and at each mark."""
+    import torch
+
+    from aegpo import models, rewards, world
+    from aegpo.config import resolve
+    from aegpo.data import load_prompts
+    from aegpo.evaluation import evaluate
+    from aegpo.train import train
+
+    torch.set_num_threads(1)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        config = resolve(
+            COMMON, HOSTS[host], EXPLORATION[exploration], ALLOCATION[allocation], {"seed": seed, "output_dir": folder}
+        )
+        everything = world.training()
+        kept = np.random.default_rng(0).permutation(len(everything))[:PROMPTS]
+        own = Path(folder, "train.jsonl")
+        own.write_text("".join(json.dumps(everything[i]) + "\n" for i in sorted(kept)))
+        held_out = load_prompts("world", "eval")
+        reward, model = rewards.load(config.reward), models.load(config.model, seed)
+        curve: list[dict[str, float]] = []
+        explored = np.zeros(config.sampler.steps)
+        judging = 0  # evaluations x samples spent on judging, which are not counted
+
+        class Judge:
+            """The loop's display: judges the policy at the marks, and ends the run with the budget."""
+
+            def begin(self, what: str, total: int) -> None: ...
+
+            def advance(self, count: int) -> None: ...
+
+            def step(self, metrics: dict[str, Any]) -> None:
+                nonlocal judging, explored
+                if metrics["step"] == 0:
+                    judging = metrics["forwards"]
+                    curve.append(point(0, metrics))
+                    return
+                explored = explored + metrics["explored_steps"]
+                spent = metrics["forwards"] - judging
+                if spent < MARKS[len(curve) - 1]:
+                    return
+                now = evaluate(config, model, held_out, reward)
+                judging += model.forwards - metrics["forwards"]
+                curve.append(point(spent, now))
+                if len(curve) > len(MARKS):
+                    raise Enough
+
+        with suppress(Enough):
+            train(config, model, load_prompts(str(own), "train"), held_out, reward, Path(folder), Judge())
+    return {
+        "host": host,
+        "exploration": exploration,
+        "allocation": allocation,
+        "seed": seed,
+        "curve": curve,
+        "explored": (explored / explored.sum()).round(4).tolist(),
+        "seconds": time.monotonic() - began,
+    }
+
+
+def point(forwards: int, metrics: dict[str, Any]) -> dict[str, float]:
+    return {"forwards": forwards, "reward": metrics["eval/reward_mean"], "pass": metrics["eval/pass_rate"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="+", default=[], help="cells whose name holds one of these words")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--workers", type=int, default=2)
+    asked = parser.parse_args()
+    results: list[dict[str, Any]] = []
+    if asked.json and asked.json.exists():
+        results = json.loads(asked.json.read_text())["results"]["cells"]
+    done = {(row["host"], row["exploration"], row["allocation"], row["seed"]) for row in results}
+    wanted = [
+        (*cell, seed)
+        for cell in cells()
+        for seed in asked.seeds
+        if (*cell, seed) not in done and (not asked.only or any(word in " / ".join(cell) for word in asked.only))
+    ]
+    about = {
+        "commit": git("rev-parse", "HEAD"),
+        "changed": git("status", "--porcelain", "."),
+        "versions": {name: version(name) for name in ("aegpo", "torch", "diffusers", "peft")},
+        "settings": {
+            "prompts": PROMPTS,
+            "common": COMMON,
+            "hosts": HOSTS,
+            "exploration": EXPLORATION,
+        },
+    }
+    with ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(train_cell, *cell) for cell in wanted]):
+            row = future.result()
+            results.append(row)
+            first, last = row["curve"][0], row["curve"][-1]
+            print(
+                f"{row['host']:<4}{row['exploration']:<22}{row['allocation']:<16} seed {row['seed']}: "
+                f"{first['reward']:.3f} -> {last['reward']:.3f}, {first['pass']:.1%} -> {last['pass']:.1%} "
+                f"({last['forwards']:,} forwards, {row['seconds']:.0f} s)",
+                flush=True,
+            )
+            if asked.json:
+                aside = asked.json.with_suffix(".partial")
+                aside.write_text(json.dumps(about | {"results": {"cells": results}}, indent=1) + "\n")
+                aside.replace(asked.json)
+    Console(width=120).print(table(results))
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    """Gain in reward and in strict passes at each mark: the mean over seeds, and their standard deviation."""
+    marks = (f"gain at {mark:,}" for mark in MARKS)
+    shown = Table("host", "exploration", "allocation", "seeds", *marks, "points", "explored")
+    for cell in dict.fromkeys((r["host"], r["exploration"], r["allocation"]) for r in results):
+        rows = [r for r in results if (r["host"], r["exploration"], r["allocation"]) == cell]
+        gains = np.array([[point["reward"] - r["curve"][0]["reward"] for point in r["curve"][1:]] for r in rows])
+        points = np.array([100 * (r["curve"][-1]["pass"] - r["curve"][0]["pass"]) for r in rows])
+        explored = np.mean([r["explored"] for r in rows], axis=0)
+        shown.add_row(
+            *cell,
+            str(len(rows)),
+            *(f"{mean:+.3f} ± {std:.3f}" for mean, std in zip(gains.mean(0), gains.std(0), strict=True)),
+            f"{points.mean():+.1f} ± {points.std():.1f}",
+            " ".join(f"{100 * share:.0f}" for share in explored),
+        )
+    return shown
+
+
+if __name__ == "__main__":
+    main()
