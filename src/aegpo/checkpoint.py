@@ -18,8 +18,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-KEPT = 2
-
 
 def save(
     run: Path,
@@ -29,8 +27,9 @@ def save(
     average: EMAModel | None,
     memory: Mapping[str, Tensor],
     counters: Mapping[str, Any],
+    limit: int = 2,
 ) -> Path:
-    """Write `checkpoint-STEP` into the run's folder, whole or not at all, and drop all but the newest two."""
+    """Write `checkpoint-STEP` into the run's folder, whole or not at all, and drop all but the newest `limit`."""
     final = run / f"checkpoint-{step}"
     aside = run / f".checkpoint-{step}.partial"
     shutil.rmtree(aside, ignore_errors=True)
@@ -50,7 +49,7 @@ def save(
             os.fsync(handle.fileno())
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
-    for old in checkpoints(run)[:-KEPT]:
+    for old in checkpoints(run)[:-limit]:
         shutil.rmtree(old)
     return final
 

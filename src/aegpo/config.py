@@ -236,6 +236,8 @@ class Config:
     """Images drawn for each held-out prompt."""
     save_every: Count = 1
     """Steps between checkpoints; a killed run loses at most so many."""
+    checkpoints_total_limit: Count = 2
+    """How many checkpoints are kept, the newest; `aegpo analyze` compares those it finds."""
     seed: Seed = 0
     """Of everything random."""
     output_dir: Annotated[str, Field(min_length=1)] = "runs/latest"

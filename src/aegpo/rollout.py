@@ -36,6 +36,12 @@ def _first_latents(model: Denoiser, keys: Sequence[tuple[int, ...]]) -> Tensor:
     return torch.stack([noise(model.latent_shape, *key) for key in keys]).to(model.device)
 
 
+def _own_latents(model: Denoiser, prompts: Sequence[Prompt], config: Config, visit: int) -> Tensor:
+    """The noise that each prompt keeps for its trunk: the same at every visit, or one of a few that take turns."""
+    number = visit % config.probe.noises
+    return _first_latents(model, [(TRUNK, config.seed, prompt.id, number) for prompt in prompts])
+
+
 def probe(
     model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, config: Config, visit: int, memory: Memory
 ) -> tuple[Signals, Trunk]:
@@ -52,43 +58,47 @@ def probe(
     Returns:
         The entropies, and the policy's trajectories, which `collect` lets rollouts branch off.
     """
-    how, number = config.probe, visit % config.probe.noises
-
-    def walk(which: list[int]) -> tuple[Tensor, Trunk]:
-        curves, parts = [], []
-        for part in torch.tensor(which).split(config.optimizer.micro_batch):
-            x = _first_latents(model, [(TRUNK, config.seed, prompts[i].id, number) for i in part.tolist()])
-            with AttentionProbe(
-                model.network,
-                rows=how.rows,
-                queries=how.queries,
-                keys=how.keys,
-                layers=how.layers,
-                half="both" if config.sampler.guidance == 1 else "conditional",
-                normalise=how.normalise,
-            ) as attention:
-                parts.append(denoise(model, x, conditions, part, config.sampler))
-            layers = attention.entropy().unflatten(0, (config.sampler.steps, -1))
-            curves.append(layers.double().mean(1).T.cpu())
-        return torch.cat(curves), _joined(parts)
-
+    number = visit % config.probe.noises
     keys = [(prompt.id, number) for prompt in prompts]
     new = [i for i, key in enumerate(keys) if key not in memory.base_entropy]
     if new:
         with model.reference():
-            memory.add_base_entropy([keys[i] for i in new], walk(new)[0])
+            curves, _ = entropy_curves(model, [prompts[i] for i in new], conditions[torch.tensor(new)], config, visit)
+        memory.add_base_entropy([keys[i] for i in new], curves.mean(0))
     base = torch.stack([memory.base_entropy[key] for key in keys])
-    entropy, trunk = walk(list(range(len(prompts))))
-    return Signals(entropy, base), trunk
+    curves, trunk = entropy_curves(model, prompts, conditions, config, visit)
+    return Signals(curves.mean(0), base), trunk
+
+
+def entropy_curves(
+    model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, config: Config, visit: int = 0
+) -> tuple[Tensor, Trunk]:
+    """Each prompt's noiseless trajectory, and the attention entropy on its way, float64 (layers, P, N), in nats."""
+    how, curves, parts = config.probe, [], []
+    for part in torch.arange(len(prompts)).split(config.optimizer.micro_batch):
+        x = _own_latents(model, [prompts[i] for i in part.tolist()], config, visit)
+        with AttentionProbe(
+            model.network,
+            rows=how.rows,
+            queries=how.queries,
+            keys=how.keys,
+            layers=how.layers,
+            half="both" if config.sampler.guidance == 1 else "conditional",
+            normalise=how.normalise,
+        ) as attention:
+            parts.append(denoise(model, x, conditions, part, config.sampler))
+        steps_first = attention.entropy().unflatten(0, (config.sampler.steps, -1))
+        curves.append(steps_first.permute(1, 2, 0).double().cpu())
+    return torch.cat(curves, 1), _joined(parts)
 
 
 def walk_trunk(
     model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, plan: Plan, config: Config, visit: int
 ) -> Trunk:
     """The trunk without the probe: each prompt's noiseless trajectory, to where its rollouts leave it."""
-    parts, number = [], visit % config.probe.noises
+    parts = []
     for part in torch.arange(len(prompts)).split(config.optimizer.micro_batch):
-        x = _first_latents(model, [(TRUNK, config.seed, prompts[i].id, number) for i in part.tolist()])
+        x = _own_latents(model, [prompts[i] for i in part.tolist()], config, visit)
         parts.append(denoise(model, x, conditions, part, config.sampler, plan.leaves[part] + 1))
     return _joined(parts)
 

@@ -98,7 +98,8 @@ def train(
 
     def save(step: int) -> None:
         state = {"forwards": model.forwards, "seconds": time.monotonic() - began, "remembers": remembers}
-        checkpoint.save(run, step, model.trainable, optimizer, average, memory.tensors(), state)
+        limit = config.checkpoints_total_limit
+        checkpoint.save(run, step, model.trainable, optimizer, average, memory.tensors(), state, limit)
 
     if resume:
         state, remembered = checkpoint.load(resume, model.trainable, optimizer, average)
