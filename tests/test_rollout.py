@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import torch
 
-from aegpo import models
-from aegpo.config import Config, Loss, Model, Optimizer, Sampler
+from aegpo import models, rewards
+from aegpo.adapt.memory import Memory
+from aegpo.config import Config, Loss, Model, Optimizer, Probe, Sampler
 from aegpo.math.transitions import transition
 from aegpo.models.probe import AttentionProbe
-from aegpo.rollout import collect, denoise, draw, noise, probe
+from aegpo.rollout import collect, denoise, draw, entropy_curves, noise, probe, reward_spread, walk_trunk
 from aegpo.train import objective
-from aegpo.types import Plan, Prompt
+from aegpo.types import Judgement, Plan, Prompt
 
 PROMPTS = [Prompt(4, "a red circle", {}), Prompt(9, "two squares", {}), Prompt(11, "a cross above a ring", {})]
 SAMPLER = Sampler(steps=6)
@@ -116,7 +117,7 @@ def test_matching_brings_finished_images_back_to_the_explored_noise_levels(model
     """Images are the noiseless ones; a row is (1 - s) x0 + s e, with keyed e, and goes straight to x0."""
     conditions, drawn = rollouts(model, batch=4, sampler=AWM)
     first = torch.stack([noise((4, 8, 8), 0, 0, 3, 9, i, 0) for i in range(5)])
-    clean, _ = denoise(model, first, conditions, torch.ones(5, dtype=torch.long), AWM)
+    clean = denoise(model, first, conditions, torch.ones(5, dtype=torch.long), AWM).latents[:, -1]
     assert np.abs(model.decode(clean).astype(int) - drawn.images[2:7]).max() <= 1
     rows, sigmas = drawn.transitions, model.sigmas(6).float()
     seen = sorted(zip(rows.rollout.tolist(), rows.prompt.tolist(), rows.step.tolist(), strict=True))
@@ -265,44 +266,224 @@ def test_the_weight_of_the_pull_follows_the_samplers_own_noise(kind):
 def test_the_probe_reads_what_a_plain_run_of_the_same_trajectory_shows():
     model = a_policy_that_moved()
     conditions = model.encode([prompt.text for prompt in PROMPTS])
-    cache = {}
-    signals = probe(model, PROMPTS, conditions, settings(batch=2), cache)
-    assert sorted(cache) == [4, 9, 11]
+    memory = Memory()
+    signals, _ = probe(model, PROMPTS, conditions, settings(batch=2), 0, memory)
+    assert sorted(memory.base_entropy) == [(4, 0), (9, 0), (11, 0)]
     assert (signals.entropy - signals.base_entropy).abs().max() > 1e-4
 
-    base = probe(models.load(Model()), PROMPTS, conditions, settings(), {})
+    base, _ = probe(models.load(Model()), PROMPTS, conditions, settings(), 0, Memory())
     torch.testing.assert_close(base.entropy, signals.base_entropy, atol=1e-5, rtol=0)
     assert base.delta_entropy.max() < 1e-6
     by_hand = (signals.entropy.numpy().mean(1) - base.entropy.numpy().mean(1)).__abs__()
     np.testing.assert_allclose(signals.delta_entropy, by_hand, atol=1e-5)
+    np.testing.assert_allclose(signals.relative_delta_entropy, by_hand / base.entropy.numpy().mean(1), atol=1e-5)
 
     before = model.forwards
-    again = probe(model, PROMPTS[::-1], model.encode([p.text for p in PROMPTS[::-1]]), settings(batch=2), cache)
+    turned = PROMPTS[::-1]
+    again, _ = probe(model, turned, model.encode([p.text for p in turned]), settings(batch=2), 5, memory)
     assert model.forwards - before == 3 * 6  # the base is not run again
     torch.testing.assert_close(again.entropy, signals.entropy.flip(0), atol=1e-5, rtol=0)
+
+
+def test_visits_take_turns_with_a_prompts_noises_and_the_base_is_probed_once_for_each(model):
+    config = replace(settings(), probe=Probe(noises=2))
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    memory, curves, costs = Memory(), [], []
+    for visit in range(4):
+        before = model.forwards
+        signals, _ = probe(model, PROMPTS, conditions, config, visit, memory)
+        costs.append(model.forwards - before)
+        curves.append(signals.entropy)
+    assert costs == [36, 36, 18, 18]
+    assert torch.equal(curves[0], curves[2]) and torch.equal(curves[1], curves[3])
+    assert (curves[0] - curves[1]).abs().min() > 0
+    assert sorted(memory.base_entropy) == [(i, n) for i in (4, 9, 11) for n in (0, 1)]
 
 
 def test_every_step_of_a_curve_is_that_steps_own_attention():
     """The trajectory walked by hand, each step's attention read on its own: no layer or step changes places."""
     model = models.load(Model())
     conditions, sigmas = model.encode([prompt.text for prompt in PROMPTS]), model.sigmas(6)
-    signals = probe(model, PROMPTS, conditions, settings(batch=2), {})
-    x = torch.stack([noise((4, 8, 8), 1, 0, prompt.id) for prompt in PROMPTS])
+    signals, trunk = probe(model, PROMPTS, conditions, settings(batch=2), 0, Memory())
+    layers, _ = entropy_curves(model, PROMPTS, conditions, settings(batch=2))
+    x = torch.stack([noise((4, 8, 8), 1, 0, prompt.id, 0) for prompt in PROMPTS])
     for step in range(6):
-        with AttentionProbe(model.image_tokens) as attention, torch.no_grad():
+        torch.testing.assert_close(trunk.latents[:, step], x, atol=1e-5, rtol=1e-5)
+        with AttentionProbe(model.network) as attention, torch.no_grad():
             v = model.predict(x, sigmas[step], conditions, torch.arange(3), 1.0)
-        expected = attention.entropy().mean(0).double()
-        torch.testing.assert_close(signals.entropy[:, step], expected, atol=1e-5, rtol=0)
+        expected = attention.entropy().double()
+        torch.testing.assert_close(signals.entropy[:, step], expected.mean(0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(layers[:, :, step], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(trunk.velocities[:, step], v, atol=3e-5, rtol=1e-5)
         x = x - (sigmas[step] - sigmas[step + 1]).float() * v
+    torch.testing.assert_close(trunk.latents[:, 6], x, atol=1e-5, rtol=1e-5)
     assert signals.entropy.std(1).min() > 1e-3
 
 
 def test_under_guidance_the_probe_reads_the_prompts_half_only():
     model = models.load(Model())
     conditions = model.encode([prompt.text for prompt in PROMPTS])
-    guided = probe(model, PROMPTS, conditions, settings(Sampler(steps=2, guidance=3.0)), {})
-    plain = probe(model, PROMPTS, conditions, settings(Sampler(steps=2)), {})
+    guided, _ = probe(model, PROMPTS, conditions, settings(Sampler(steps=2, guidance=3.0)), 0, Memory())
+    plain, _ = probe(model, PROMPTS, conditions, settings(Sampler(steps=2)), 0, Memory())
     torch.testing.assert_close(guided.entropy[:, 0], plain.entropy[:, 0], atol=1e-5, rtol=0)
+
+
+def test_the_probe_reads_what_the_settings_name(model):
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    read = {}
+    for name, how in {
+        "all": Probe(),
+        "text": Probe(keys="text"),
+        "one layer": Probe(layers=("transformer_blocks.1.attn",)),
+        "share": Probe(normalise=True),
+        "one row": Probe(rows=1),
+        "from text": Probe(queries="text"),
+    }.items():
+        read[name], _ = entropy_curves(model, PROMPTS, conditions, replace(settings(), probe=how))
+    tokens = conditions.embeds.shape[1]
+    assert read["text"].max() <= np.log(tokens) + 1e-6 < read["all"].max()
+    torch.testing.assert_close(read["one layer"][0], read["all"][1], atol=1e-6, rtol=0)
+    torch.testing.assert_close(read["share"] * np.log(16 + tokens), read["all"], atol=1e-5, rtol=0)
+    assert len({len(curves) for name, curves in read.items() if name != "one layer"}) == 1
+    for name in ("one row", "from text"):
+        assert (read[name] - read["all"]).abs().max() > 0.01
+
+
+# ---------------------------------------------------------------- the trunk
+
+
+def random_plan(seed, steps=6, most=5):
+    rng = np.random.default_rng(seed)
+    explored = np.zeros((3, steps), bool)
+    for row in explored:
+        row[rng.choice(steps - 1, rng.integers(1, steps), replace=False)] = True
+    return Plan(torch.from_numpy(rng.integers(2, most, 3)), torch.from_numpy(explored))
+
+
+@pytest.mark.parametrize(("seed", "batch"), [(0, 2), (1, 5), (2, 96), (3, 96), (4, 96), (5, 96)])
+@pytest.mark.parametrize("kind", ["cps", "awm"])
+def test_a_plan_costs_its_closed_form_and_no_prefix_twice(model, seed, batch, kind):
+    """n N for rollouts on their own; with a trunk, N a prompt, and N - first - 1 for each rollout that branches off."""
+    chosen, steps = random_plan(seed), 6
+    own, shared = settings(Sampler(steps=6, kind=kind), batch), settings(Sampler(steps=6, shared_noise=True), batch)
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    count, first = chosen.rollouts.tolist(), [row.tolist().index(True) for row in chosen.explored]
+
+    def cost(config, probed):
+        memory, before = Memory(), model.forwards
+        probe(model, PROMPTS, conditions, config, 0, memory)  # fills the memory: the base is free from here on
+        assert model.forwards - before == 2 * 3 * steps
+        before, trunk = model.forwards, None
+        if probed:
+            _, trunk = probe(model, PROMPTS, conditions, config, 0, memory)
+        elif config.sampler.shared_noise:
+            trunk = walk_trunk(model, PROMPTS, conditions, chosen, config, 0)
+        done = []
+        rows = collect(model, PROMPTS, conditions, chosen, config, 0, trunk, done.append).transitions
+        assert sum(done) == sum(count) * steps
+        revisited = len(rows) if config.sampler.kind == "awm" else 0
+        return model.forwards - before - revisited
+
+    assert cost(own, probed=False) == sum(count) * steps
+    if kind == "awm":  # the probe is each prompt's first rollout
+        assert cost(own, probed=True) == sum(count) * steps
+        return
+    left = [steps - f - 1 for f in first]
+    assert cost(own, probed=True) == 3 * steps + sum(
+        (n - 1) * steps + rest for n, rest in zip(count, left, strict=True)
+    )
+    branches = sum(n * rest for n, rest in zip(count, left, strict=True))
+    assert cost(shared, probed=True) == 3 * steps + branches
+    assert cost(shared, probed=False) == sum(f + 1 for f in first) + branches
+
+
+def alone(model, conditions, chosen, config, prompt, number, start):
+    """One rollout from its first latent to its last, in a batch of one, as if there were no trunk."""
+    sigmas, x, rows = model.sigmas(6), start[None], []
+    for step in range(6):
+        s, s_next = sigmas[step].item(), sigmas[step + 1].item()
+        with torch.no_grad():
+            v = model.predict(x, sigmas[step], conditions, torch.tensor([prompt]), config.sampler.guidance)
+        if chosen.explored[prompt, step]:
+            mean, std = transition(x, v, s, s_next, config.sampler.kind, config.sampler.eta, sigmas[1].item())
+            after = mean + std * noise((4, 8, 8), 0, 0, 3, PROMPTS[prompt].id, number, step + 1)
+            rows.append((x[0], after[0]))
+            x = after
+        else:
+            x, _ = transition(x, v, s, s_next, "ode", 0.0)
+    return x, rows
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@pytest.mark.parametrize("probed", [False, True], ids=["walked", "probed"])
+@pytest.mark.parametrize(("batch", "tolerance"), [(1, 0.0), (7, 1e-5)], ids=["same-shape", "another-shape"])
+def test_rollouts_off_a_shared_trunk_are_those_computed_one_by_one(model, batch, tolerance, probed, guidance):
+    """To the bit where each forward holds one latent in both, and to 1e-5 in other batches."""
+    config = settings(Sampler(steps=6, kind="cps", eta=0.6, shared_noise=True, guidance=guidance), batch)
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    chosen = plan()
+    if probed:
+        _, trunk = probe(model, PROMPTS, conditions, config, 0, Memory())
+    else:
+        trunk = walk_trunk(model, PROMPTS, conditions, chosen, config, 0)
+    drawn = collect(model, PROMPTS, conditions, chosen, config, 3, trunk)
+    rows = drawn.transitions
+    names = [(p, i) for p, count in enumerate(chosen.rollouts.tolist()) for i in range(count)]
+    for rollout, (prompt, number) in enumerate(names):
+        start = noise((4, 8, 8), 1, 0, PROMPTS[prompt].id, 0)
+        clean, expected = alone(model, conditions, chosen, config, prompt, number, start)
+        mine = (rows.rollout == rollout).nonzero().flatten()
+        assert rows.step[mine].tolist() == chosen.explored[prompt].nonzero().flatten().tolist()
+        for row, (x, x_next) in zip(mine, expected, strict=True):
+            torch.testing.assert_close(rows.x[row], x, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(rows.x_next[row], x_next, atol=tolerance, rtol=tolerance)
+        image = model.decode(clean)[0].astype(int)
+        assert np.abs(image - drawn.images[rollout]).max() <= (tolerance > 0)
+
+
+@pytest.mark.parametrize("sampler", [SAMPLER, AWM], ids=["sde", "matching"])
+def test_with_noises_of_their_own_only_a_prompts_first_rollout_is_on_the_trunk(model, sampler):
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    config = settings(sampler)
+    _, trunk = probe(model, PROMPTS, conditions, config, 0, Memory())
+    on, off = (collect(model, PROMPTS, conditions, plan(), config, 3, t) for t in (trunk, None))
+    firsts = [0, 2, 7]
+    others = [i for i in range(10) if i not in firsts]
+    assert np.abs(on.images[others].astype(int) - off.images[others]).max() <= 1
+    assert not (on.images[firsts] == off.images[firsts]).all((1, 2, 3)).any()
+    if sampler is AWM:  # it is that rollout
+        assert np.abs(model.decode(trunk.latents[:, -1]).astype(int) - on.images[firsts]).max() <= 1
+
+
+def test_the_spread_of_reward_is_measured_step_by_step(model):
+    """The same by hand: for each prompt and step, six rollouts that explore it alone, and their standard deviation."""
+    config = settings(Sampler(steps=4, kind="cps", eta=0.6))
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+
+    def brightness(images, prompts, metadata):
+        return Judgement(images.mean((1, 2, 3)).astype(np.float32))
+
+    before = model.forwards
+    spread = reward_spread(model, PROMPTS, conditions, brightness, config, 5, 0)
+    assert model.forwards - before == 3 * 3 + 3 * 6 * (3 + 2 + 1)
+    shared = replace(config, sampler=replace(config.sampler, shared_noise=True))
+    for step in range(3):
+        each = Plan(torch.tensor([6, 6, 6]), torch.eye(4, dtype=torch.bool)[step].expand(3, 4))
+        trunk = walk_trunk(model, PROMPTS, conditions, each, shared, 0)
+        drawn = collect(model, PROMPTS, conditions, each, shared, 5, trunk)
+        groups = drawn.images.mean((1, 2, 3)).reshape(3, 6)
+        assert spread[step].item() == pytest.approx(groups.std(1).mean(), rel=1e-3)
+    assert spread[3] == 0
+
+
+def test_in_the_world_it_is_the_early_steps_whose_exploration_spreads_the_reward(model):
+    from aegpo import world
+
+    prompts = [Prompt(i, row["prompt"], row) for i, row in enumerate(world.held_out()[::40])]
+    config = settings(Sampler(steps=8, kind="cps", eta=0.6), batch=96)
+    conditions = model.encode([prompt.text for prompt in prompts])
+    spread = reward_spread(model, prompts, conditions, rewards.load("world"), config, 0, 0)
+    assert spread[:4].min() > spread[5:7].max()
 
 
 def test_evaluation_pictures_are_always_the_same(model):
@@ -312,17 +493,21 @@ def test_evaluation_pictures_are_always_the_same(model):
     assert not (one[0] == one[1]).all()
 
 
-def test_a_jump_of_matching_is_never_taken_for_a_step(model):
-    conditions, explored = model.encode(["a ring"]), torch.eye(6, dtype=torch.bool)[2:3]
-    with pytest.raises(AssertionError, match="revisit"):
-        denoise(
-            model, noise((1, 4, 8, 8), 5), conditions, torch.arange(1), AWM, explored, lambda *_: noise((4, 8, 8), 6)
-        )
+def test_a_trajectory_ends_where_it_is_told_to(model):
+    x = noise((3, 4, 8, 8), 5)
+    conditions = model.encode(["a ring", "a cross", "a red ring"])
+    whole = denoise(model, x, conditions, torch.arange(3), SAMPLER)
+    before = model.forwards
+    cut = denoise(model, x, conditions, torch.arange(3), SAMPLER, torch.tensor([1, 6, 3]))
+    assert model.forwards - before == 10
+    for i, steps in enumerate((1, 6, 3)):
+        torch.testing.assert_close(cut.latents[i, : steps + 1], whole.latents[i, : steps + 1], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(cut.velocities[i, :steps], whole.velocities[i, :steps], atol=1e-5, rtol=1e-5)
+        assert not cut.velocities[i, steps:].any()
 
 
-def test_denoise_without_exploration_is_deterministic(model):
+def test_denoise_is_deterministic(model):
     x = noise((2, 4, 8, 8), 5)
     conditions = model.encode(["a ring", "a ring"])
-    first, rows = denoise(model, x, conditions, torch.arange(2), SAMPLER)
-    assert rows == []
-    assert torch.equal(first, denoise(model, x, conditions, torch.arange(2), SAMPLER)[0])
+    first = denoise(model, x, conditions, torch.arange(2), SAMPLER).latents
+    assert torch.equal(first, denoise(model, x, conditions, torch.arange(2), SAMPLER).latents)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.signal import find_peaks
 
 from aegpo.adapt.exploration import explore
 
-RULES = ("all", "window", "random", "entropy_peaks", "delta_entropy_peaks")
+PEAKS = ("entropy_peaks", "delta_entropy_peaks", "policy_noise", "reward_spread")
+RULES = ("all", "window", "random", *PEAKS)
 H = [3.51, 3.34, 3.33, 3.35, 3.38, 3.43, 3.49, 3.57, 3.64, 9.0]
 DELTA = [-0.049, -0.064, -0.052, -0.039, -0.030, -0.024, -0.019, -0.017, -0.014, -9.0]
 
@@ -35,11 +37,11 @@ def test_peaks_of_measured_curves():
 
 @pytest.mark.parametrize("k", [1, 4, 9])
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("rule", ["entropy_peaks", "delta_entropy_peaks"])
+@pytest.mark.parametrize("rule", PEAKS)
 def test_peaks_are_the_highest_values(k, last, rule):
     entropy = noise(20, 10)
     mask = explore(entropy, rule, k, last=last).numpy()
-    signal = entropy.numpy() if rule == "entropy_peaks" else np.abs(entropy.numpy())
+    signal = np.abs(entropy.numpy()) if rule == "delta_entropy_peaks" else entropy.numpy()
     expected = np.zeros_like(mask)
     np.put_along_axis(expected, np.argsort(-signal[:, : 10 if last else 9], axis=1)[:, :k], True, axis=1)
     assert (mask == expected).all()
@@ -157,3 +159,35 @@ def test_signal_that_is_not_finite_is_named(bad):
 def test_unknown_rule_is_named():
     with pytest.raises(ValueError, match="all, window, random, entropy_peaks, delta_entropy_peaks"):
         steps(*H, rule="peaks")
+
+
+def test_local_maxima_come_before_steps_that_are_merely_high():
+    curve = (5.0, 1.0, 3.0, 2.9, 2.8, 1.0, 2.0, 1.0, 1.5, 9.0)
+    assert steps(*curve, k=3) == [0, 2, 3]
+    assert steps(*curve, k=3, local_maxima=True) == [0, 2, 6]
+    assert steps(*curve, k=4, local_maxima=True) == [0, 2, 6, 8]
+    assert steps(*curve, k=5, local_maxima=True) == [0, 2, 3, 6, 8]  # where they are too few, the next highest
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_local_maxima_are_scipys(seed):
+    """scipy's peaks of the curve between two walls lower than all of it; ties make plateaus."""
+    curve = np.random.default_rng(seed).integers(0, 4, 12).astype(float)
+    peaks, plateaus = find_peaks(np.concatenate([[-1], curve, [-1]]), plateau_size=1)
+    first = (plateaus["left_edges"] - 1).tolist()
+    assert len(peaks) == len(first)
+    chosen = steps(*curve, k=len(first), local_maxima=True, last=True)
+    assert chosen == first
+
+
+def test_the_last_step_is_no_neighbour():
+    """A curve that rises to its end has its peak at the last step that may be chosen."""
+    assert steps(3.0, 1.0, 2.0, 4.0, k=2, local_maxima=True) == [0, 2]
+
+
+@pytest.mark.parametrize("rule", PEAKS)
+def test_a_batch_follows_its_mean_curve(rule):
+    entropy = noise(6, 10)
+    mask = explore(entropy, rule, 3, per="batch")
+    mean = (entropy.abs() if rule == "delta_entropy_peaks" else entropy).mean(0)
+    assert torch.equal(mask, explore(mean[None], "entropy_peaks", 3).expand(6, -1))

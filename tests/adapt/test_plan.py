@@ -1,0 +1,137 @@
+"""The plan: which signal decides what, and what is remembered of it."""
+
+import numpy as np
+import pytest
+import torch
+
+from aegpo.adapt import memory as memories
+from aegpo.adapt.memory import Memory
+from aegpo.adapt.plan import make_plan, policy_noise
+from aegpo.config import resolve
+from aegpo.math.schedules import sd3
+from aegpo.types import Prompt, Signals
+
+PROMPTS = [Prompt(i, str(i), {}) for i in (7, 3, 5, 4)]
+LAYER = {"prompts_per_step": 4, "rollouts_per_step": 48}
+SIGMAS = sd3(10)
+
+
+def plan(layer, entropy=None, base=None, memory=None, step=0, prompts=PROMPTS):
+    signals = None if entropy is None else Signals(entropy, base)
+    return make_plan(resolve(LAYER, layer), prompts, signals, memory or Memory(), SIGMAS, step)
+
+
+def steps(made):
+    return [row.nonzero().flatten().tolist() for row in made.explored]
+
+
+def moved(*by):
+    """Entropies that moved by so much, on average, from curves with a peak of change at steps 5 and 6 of prompt 0."""
+    entropy = torch.rand(4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    base = entropy - torch.tensor(by)[:, None]
+    base[0, 5] -= 3
+    base[0, 6] += 3
+    return entropy, base
+
+
+def test_the_plan_follows_the_signals():
+    entropy, base = moved(0.1, -0.4, 0.2, 0.0)
+    made = plan({}, entropy, base)
+    assert made.rollouts.tolist() == [8, 16, 16, 8]
+    assert steps(made) == entropy[:, :9].argsort(1, descending=True)[:, :4].sort(1).values.tolist()
+    assert steps(plan({"exploration": {"rule": "delta_entropy_peaks", "k": 2}}, entropy, base))[0] == [5, 6]
+    assert made.group.tolist() == [0] * 8 + [1] * 16 + [2] * 16 + [3] * 8
+    shares = plan({"allocation": {"rule": "proportional"}}, entropy, base).rollouts.tolist()
+    assert shares == [7, 26, 13, 2]  # 46 in proportion to .1 .4 .2, and the least for the prompt that did not move
+
+
+def test_a_relative_move_is_measured_by_the_bases_own_entropy():
+    base = torch.tensor([1.0, 4.0, 1.0, 4.0], dtype=torch.float64)[:, None].expand(4, 10)
+    entropy = base + torch.tensor([0.2, 0.3, 0.1, -0.1])[:, None]
+    assert plan({}, entropy, base).rollouts.tolist() == [16, 16, 8, 8]
+    assert plan({"allocation": {"relative": True}}, entropy, base).rollouts.tolist() == [16, 8, 16, 8]  # .2 .075 .1 .025
+
+
+def test_peaks_keep_their_distance_and_random_steps_are_drawn_anew():
+    layer = {"exploration": {"k": 2, "min_distance": 3}}
+    falling = torch.arange(10, 0, -1.0).expand(4, 10)
+    assert steps(plan(layer, falling, falling)) == [[0, 3]] * 4
+    random = {"allocation": {"rule": "uniform"}, "exploration": {"rule": "random"}}
+    drawn = [plan(random | {"seed": seed}, step=step).explored for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert [torch.equal(drawn[0], other) for other in drawn[1:]] == [True, False, False]
+
+
+def test_the_three_readings_of_a_peak():
+    shape = torch.tensor([3.5, 3.3, 3.3, 3.3, 3.4, 3.4, 3.5, 3.6, 3.7, 3.8], dtype=torch.float64)
+    entropy = shape + torch.zeros(4, 10)
+    entropy[0, 2] += 0.05
+    entropy[1, 4] += 0.05
+
+    def reading(name, **more):
+        return steps(plan({"exploration": {"k": 1, "reading": name, **more}}, entropy, entropy))
+
+    assert reading("plain") == [[8]] * 4
+    assert reading("above_batch")[:2] == [[2], [4]]
+    std = policy_noise(resolve(), SIGMAS)
+    assert reading("times_noise") == [[int((shape * std).argmax())]] * 4 != reading("plain")
+    assert reading("plain", per="batch") == [[8]] * 4
+
+
+def test_policy_noise_is_the_samplers_standard_deviation():
+    """Flow-GRPO's `eta sqrt(h s / (1 - s))`, its first s in 1 - s being sigma[1]; and `s' sin(eta pi / 2)` of CPS."""
+    s, after = SIGMAS[:-2].numpy(), SIGMAS[1:-1].numpy()
+    below = np.where(s == 1, SIGMAS[1], s)
+    flow = 0.7 * np.sqrt(s / (1 - below)) * np.sqrt(s - after)
+    np.testing.assert_allclose(policy_noise(resolve({"sampler": {"eta": 0.7}}), SIGMAS)[:-1], flow, rtol=1e-12)
+    cps = resolve({"sampler": {"kind": "cps", "eta": 0.6}})
+    np.testing.assert_allclose(policy_noise(cps, SIGMAS)[:-1], after * np.sin(0.3 * np.pi), rtol=1e-12)
+    assert policy_noise(cps, SIGMAS)[-1] == 0
+    layer = {"allocation": {"rule": "uniform"}, "sampler": {"kind": "cps"}, "exploration": {"rule": "policy_noise"}}
+    assert steps(plan(layer)) == [[0, 1, 2, 3]] * 4
+
+
+def test_the_measured_spread_of_reward_is_followed():
+    memory = Memory(reward_spread=torch.tensor([0.2, 0.3, 0.1, 0.3, 0.25, 0, 0, 0, 0, 9], dtype=torch.float64))
+    layer = {"allocation": {"rule": "uniform"}, "exploration": {"rule": "reward_spread", "k": 3}}
+    assert steps(plan(layer, memory=memory)) == [[1, 3, 4]] * 4
+
+
+def test_reward_variance_takes_the_remembered_spread_and_the_mean_for_prompts_not_yet_seen():
+    layer = {"allocation": {"rule": "reward_variance"}, "exploration": {"rule": "window"}}
+    memory = Memory()
+    assert plan(layer, memory=memory).rollouts.tolist() == [12] * 4
+    memory.visit([7, 3], torch.tensor([0.3, 0.1]), smoothing=0.0)
+    assert plan(layer, memory=memory).rollouts.tolist() == [18, 6, 12, 12]
+    assert memory.signal == pytest.approx({7: 0.3, 3: 0.1})  # a plan adds nothing of its own
+
+
+def test_smoothing_is_a_running_mean_over_the_visits_of_each_prompt():
+    layer = {"allocation": {"smoothing": 0.75}}
+    memory = Memory()
+    for by in ((0.4, 0.2, 0.0, 0.1), (0.0, 0.2, 0.3, 0.1)):
+        made = plan(layer, *moved(*by), memory=memory)
+    assert [memory.signal[p.id] for p in PROMPTS] == pytest.approx([0.3, 0.2, 0.075, 0.1])
+    assert made.rollouts.tolist() == [16, 16, 8, 8]
+    assert plan({}, *moved(0.0, 0.2, 0.3, 0.1), memory=memory).rollouts.tolist() == [8, 16, 16, 8]
+
+
+def test_nobody_is_told_apart_before_the_first_update():
+    for rule in ("median_split", "proportional", "reward_variance"):
+        made = plan({"allocation": {"rule": rule}}, torch.ones(4, 10), torch.ones(4, 10))
+        assert made.rollouts.tolist() == [12] * 4
+
+
+def test_memory_survives_a_checkpoint_and_is_bounded(monkeypatch):
+    memory = Memory()
+    assert Memory.of(memory.tensors()) == memory
+    curves = torch.rand(3, 10, dtype=torch.float64)
+    memory.add_base_entropy([(7, 0), (7, 1), (3, 0)], curves)
+    memory.visit([3, 2**40], torch.tensor([0.1, 0.2], dtype=torch.float64), 0.5)
+    memory.reward_spread = curves[0]
+    again = Memory.of(memory.tensors())
+    assert again.signal == memory.signal and list(again.base_entropy) == list(memory.base_entropy)
+    assert all(torch.equal(again.base_entropy[key], curve) for key, curve in memory.base_entropy.items())
+    assert again.reward_spread is not None and torch.equal(again.reward_spread, curves[0])
+    monkeypatch.setattr(memories, "REMEMBERED", 2)
+    again.add_base_entropy([(9, 0)], curves[:1])
+    assert list(again.base_entropy) == [(3, 0), (9, 0)]  # the oldest made room
