@@ -24,8 +24,8 @@ from demo import git
 from rich.console import Console
 from rich.table import Table
 
-MARKS = (10_000, 20_000, 30_000, 40_000)  # network evaluations x samples spent on training when it is judged
-PROMPTS = 64  # of the world's training prompts, so that each is visited again and again
+MARKS = (10_000, 20_000, 30_000)  # network evaluations x samples spent on training when it is judged
+PROMPTS = 32  # of the world's training prompts, so that each is visited again and again
 
 COMMON: dict[str, Any] = {
     "model": {"lora": {"rank": 32, "alpha": 64}},
@@ -67,18 +67,13 @@ class Enough(Exception):
 
 
 def cells() -> Iterator[tuple[str, str, str]]:
-    """Host, exploration and allocation: every exploration with the uniform allocation, then some of them crossed."""
-    for exploration in EXPLORATION:
-        yield "cps", exploration, "uniform"
-    for allocation in ("median_split", "proportional", "reward_variance"):
-        yield "cps", "window, first 4", allocation
-    for exploration in ("random 4", "window, first 4", "|dH(t)|"):
-        yield "awm", exploration, "uniform"
-    for allocation in ("median_split", "proportional", "reward_variance"):
-        yield "awm", "random 4", allocation
-    for exploration in ("|dH(t)|", "random 4"):
-        for allocation in ("median_split", "proportional", "reward_variance"):
+    """Host, exploration and allocation: all crossed with all where a sampler explores, and a part of them for awm."""
+    for allocation in ALLOCATION:
+        for exploration in EXPLORATION:
             yield "cps", exploration, allocation
+    for allocation in ("uniform", "median_split"):
+        for exploration in ("window, first 4", "random 4", "H(t), image to all", "|dH(t)|"):
+            yield "awm", exploration, allocation
 
 
 def train_cell(host: str, exploration: str, allocation: str, seed: int) -> dict[str, Any]:
@@ -160,8 +155,8 @@ def main() -> None:
     done = {(row["host"], row["exploration"], row["allocation"], row["seed"]) for row in results}
     wanted = [
         (*cell, seed)
-        for cell in cells()
         for seed in asked.seeds
+        for cell in cells()
         if (*cell, seed) not in done and (not asked.only or any(word in " / ".join(cell) for word in asked.only))
     ]
     about = {
