@@ -24,7 +24,7 @@ from demo import git
 from rich.console import Console
 from rich.table import Table
 
-MARKS = (10_000, 20_000, 30_000)  # network evaluations x samples spent on training when it is judged
+MARKS = (12_000, 24_000)  # network evaluations x samples spent on training when it is judged
 PROMPTS = 32  # of the world's training prompts, so that each is visited again and again
 
 COMMON: dict[str, Any] = {
