@@ -66,14 +66,17 @@ class Enough(Exception):
     """The budget is spent."""
 
 
-def cells() -> Iterator[tuple[str, str, str]]:
-    """Host, exploration and allocation: all crossed with all where a sampler explores, and a part of them for awm."""
-    for allocation in ALLOCATION:
-        for exploration in EXPLORATION:
-            yield "cps", exploration, allocation
-    for allocation in ("uniform", "median_split"):
-        for exploration in ("window, first 4", "random 4", "H(t), image to all", "|dH(t)|"):
-            yield "awm", exploration, allocation
+def cells(seeds: list[int]) -> Iterator[tuple[str, str, str, int]]:
+    """Host, exploration, allocation and seed: all crossed where a sampler explores, then a part of them for awm."""
+    for seed in seeds:
+        for allocation in ALLOCATION:
+            for exploration in EXPLORATION:
+                if allocation == "uniform" or exploration != "H(t), local maxima":
+                    yield "cps", exploration, allocation, seed
+    for seed in seeds:
+        for allocation in ("uniform", "median_split"):
+            for exploration in ("window, first 4", "random 4", "H(t), image to all", "|dH(t)|"):
+                yield "awm", exploration, allocation, seed
 
 
 def train_cell(host: str, exploration: str, allocation: str, seed: int) -> dict[str, Any]:
@@ -154,10 +157,9 @@ def main() -> None:
         results = json.loads(asked.json.read_text())["results"]["cells"]
     done = {(row["host"], row["exploration"], row["allocation"], row["seed"]) for row in results}
     wanted = [
-        (*cell, seed)
-        for seed in asked.seeds
-        for cell in cells()
-        if (*cell, seed) not in done and (not asked.only or any(word in " / ".join(cell) for word in asked.only))
+        cell
+        for cell in cells(asked.seeds)
+        if cell not in done and (not asked.only or any(word in " / ".join(cell[:3]) for word in asked.only))
     ]
     about = {
         "commit": git("rev-parse", "HEAD"),
