@@ -1,47 +1,385 @@
+"""What the probe reads of six families of networks, against a float64 softmax of what they hand to attention."""
+
+import math
+from contextlib import nullcontext
+
+import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from torch.utils.checkpoint import checkpoint
 
-from aegpo import models
-from aegpo.config import Model
 from aegpo.models.probe import AttentionProbe
 
-
-def entropy64(q, k, scale):
-    weights = torch.softmax(q.double() @ k.double().transpose(-1, -2) * scale, -1)
-    return -(weights * weights.clamp(min=1e-300).log()).sum(-1)
+IMAGE, TEXT = 16, 5
+KINDS = (Attention, AttentionModuleMixin)
 
 
-def test_the_probe_reads_the_entropy_of_each_layer_and_changes_nothing(monkeypatch):
-    model = models.load(Model())
-    conditions, x = model.encode(["a ring", "two squares"]), torch.randn(2, 4, 8, 8)
+def entropy64(q, k, scale=None, mask=None):
+    logits = q.double() @ k.double().mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf)
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
 
-    def predict():
-        with torch.no_grad():
-            return model.predict(x, torch.tensor(0.8), conditions, torch.arange(2), 1.0)
 
-    plain = predict()
-    with AttentionProbe(model.image_tokens) as probe:
-        probed = predict()
-    assert torch.equal(plain, probed)
+def run(network, inputs, dtype=None):
+    if dtype is not None:
+        network = network.to(dtype)
+        inputs = {
+            name: x.to(dtype) if isinstance(x, torch.Tensor) and x.dtype == torch.float32 else x
+            for name, x in inputs.items()
+        }
+        if added := inputs.get("added_cond_kwargs"):
+            inputs["added_cond_kwargs"] = {name: x.to(dtype) for name, x in added.items()}
+    with torch.no_grad():
+        return network(**inputs)[0]
 
-    seen = []
-    attention = F.scaled_dot_product_attention
 
-    def spy(query, key, value, **options):
-        seen.append(entropy64(query, key, query.shape[-1] ** -0.5)[:, :, : model.image_tokens].mean((1, 2)))
-        return attention(query, key, value, **options)
+def calls_of_attention(monkeypatch):
+    """Queries, keys and masks as torch is given them."""
+    calls, attention = [], F.scaled_dot_product_attention
+
+    def spy(query, key, value, attn_mask=None, *args, **options):
+        calls.append((query, key, attn_mask))
+        return attention(query, key, value, attn_mask, *args, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    predict()
-    read = probe.entropy()
-    torch.testing.assert_close(read.double(), torch.stack(seen), atol=1e-5, rtol=0)
-    assert len(read) == model.transformer.config.num_layers
+    return calls
 
 
-def test_scale_and_rows():
-    q, k = torch.randn(1, 2, 6, 4), torch.randn(1, 2, 9, 4)
-    with AttentionProbe(image_tokens=5, rows=3) as probe:
-        F.scaled_dot_product_attention(q, k, k, scale=0.3)
-        F.scaled_dot_product_attention(q, k, k)
-    expected = torch.stack([entropy64(q, k, s)[:, :, [0, 2, 4]].mean((1, 2)) for s in (0.3, 0.5)])
-    torch.testing.assert_close(probe.entropy().double(), expected, atol=1e-6, rtol=0)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_every_layer_of_every_family_is_exact_and_the_output_the_same_to_the_bit(
+    family, network, dtype, tolerance, monkeypatch
+):
+    network, inputs = network
+    plain = run(network, inputs, dtype)
+    with AttentionProbe(network, queries="all") as probe:
+        probed = run(network, inputs, dtype)
+    assert torch.equal(plain, probed) and plain.isfinite().all()
+
+    calls = calls_of_attention(monkeypatch)
+    run(network, inputs, dtype)
+    expected = torch.stack([entropy64(q, k, mask=mask).mean((1, 2)) for q, k, mask in calls])
+    torch.testing.assert_close(probe.entropy().double(), expected, atol=tolerance, rtol=0)
+    assert expected.std() > 0.01
+    assert any(mask is not None for *_, mask in calls) == (family == "qwen-image")
+
+
+def test_layers_are_told_apart(family, network):
+    network, inputs = network
+    with AttentionProbe(network) as probe:
+        run(network, inputs)
+    probe.entropy()
+    expected = {
+        "sd3": [
+            "transformer_blocks.0.attn joint",
+            "transformer_blocks.0.attn2 self",
+            "transformer_blocks.1.attn joint",
+        ],
+        "flux": ["transformer_blocks.0.attn joint"] + [f"single_transformer_blocks.{i}.attn joint" for i in (0, 1)],
+        "qwen-image": ["transformer_blocks.0.attn joint", "transformer_blocks.1.attn joint"],
+        "wan": [f"blocks.{i}.{name}" for i in (0, 1) for name in ("attn1 self", "attn2 cross")],
+    }
+    depth = {"sd15": 1, "sdxl": 2}.get(family, 0)
+    places = (
+        "down_blocks.0.attentions.0",
+        "mid_block.attentions.0",
+        "up_blocks.1.attentions.0",
+        "up_blocks.1.attentions.1",
+    )
+    unet = [
+        f"{place}.transformer_blocks.{i}.{name}"
+        for place in places
+        for i in range(depth)
+        for name in ("attn1 self", "attn2 cross")
+    ]
+    assert [f"{layer.name} {layer.kind}" for layer in probe.layers] == expected.get(family, unet)
+
+
+def test_queries_of_zero_look_at_all_their_keys_alike(family, network):
+    """So a layer's entropy is the logarithm of how many keys it has. Only the image's queries are made zero."""
+    network, inputs = network
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if ".to_q." in name:
+                weight.zero_()
+    texts = torch.tensor([TEXT, 3 if family == "qwen-image" else TEXT])  # the second prompt's last two are masked there
+    everything = {}
+    for keys in ("all", "image", "text"):
+        with AttentionProbe(network, keys=keys) as probe:
+            run(network, inputs)
+        for value, layer in zip(probe.entropy(), probe.layers, strict=True):
+            images = IMAGE // 4 if layer.name.startswith("mid_block") else IMAGE
+            in_all = {"joint": images + texts, "self": images, "cross": texts}[layer.kind]
+            expected = torch.as_tensor({"all": in_all, "image": images, "text": texts}[keys])
+            torch.testing.assert_close(value, expected.log().expand(2), atol=1e-5, rtol=0)
+            everything.setdefault(layer.kind, set()).add(keys)
+    assert everything == {
+        kind: {"all", *of}
+        for kind, of in {"joint": ("image", "text"), "self": ("image",), "cross": ("text",)}.items()
+        if kind in everything
+    }
+    with AttentionProbe(network, keys="all", normalise=True) as probe:
+        run(network, inputs)
+    torch.testing.assert_close(probe.entropy(), torch.ones(len(probe.layers), 2), atol=1e-5, rtol=0)
+
+
+TEXT_FIRST = {"sd3": False, "flux": True, "qwen-image": True}
+
+
+@pytest.mark.parametrize("queries", ["image", "text"])
+@pytest.mark.parametrize("keys", ["image", "text", "all"])
+def test_tokens_of_joint_layers_are_those_the_network_put_there(family, network, queries, keys, monkeypatch):
+    network, inputs = network
+    if family not in TEXT_FIRST:
+        with AttentionProbe(network, queries="text", keys=keys) as probe:
+            run(network, inputs)
+        with pytest.raises(ValueError, match=f"no attention layer has text queries and {keys} keys"):
+            probe.entropy()
+        return
+    with AttentionProbe(network, queries=queries, keys=keys) as probe:
+        run(network, inputs)
+    values = [v for v, layer in zip(probe.entropy(), probe.layers, strict=True) if layer.kind == "joint"]
+    texts = slice(TEXT) if TEXT_FIRST[family] else slice(IMAGE, None)
+    images = slice(TEXT, None) if TEXT_FIRST[family] else slice(IMAGE)
+    where = {"image": images, "text": texts, "all": slice(None)}
+    calls = calls_of_attention(monkeypatch)
+    run(network, inputs)
+    expected = [
+        entropy64(
+            q[:, :, where[queries]], k[:, :, where[keys]], mask=mask if mask is None else mask[..., where[keys]]
+        ).mean((1, 2))
+        for q, k, mask in calls
+        if q.shape[2] == IMAGE + TEXT
+    ]
+    torch.testing.assert_close(torch.stack(values).double(), torch.stack(expected), atol=1e-5, rtol=0)
+
+
+def test_rows_are_evenly_spaced_from_the_first_to_the_last(family, network, monkeypatch):
+    network, inputs = network
+    values = {}
+    for rows in (1, 4, 64):
+        with AttentionProbe(network, queries="image", rows=rows) as probe:
+            run(network, inputs)
+        values[rows] = probe.entropy()
+    calls = calls_of_attention(monkeypatch)
+    run(network, inputs)
+    for rows, places in ((1, [0]), (4, [0, 5, 10, 15]), (64, list(range(16)))):
+        for value, layer, (q, k, mask) in zip(values[rows], probe.layers, calls, strict=True):
+            if layer.name.startswith("mid_block"):
+                continue
+            first = TEXT if TEXT_FIRST.get(family) else 0
+            expected = entropy64(q[:, :, [first + i for i in places]], k, mask=mask).mean((1, 2))
+            torch.testing.assert_close(value.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_some_layers_can_be_watched_and_each_half_of_a_doubled_batch(family, network):
+    network, inputs = network
+    with AttentionProbe(network) as probe:
+        run(network, inputs)
+    both = probe.entropy()
+    names = [layer.name for layer in probe.layers]
+    assert len(set(names)) == len(names)
+    with AttentionProbe(network, layers=(names[-1],)) as probe:  # for FLUX, one whose tokens only others tell apart
+        run(network, inputs)
+    torch.testing.assert_close(probe.entropy(), both[-1:], atol=0, rtol=0)
+    assert [layer.name for layer in probe.layers] == names[-1:]
+    for which, half in enumerate(("unconditional", "conditional")):
+        with AttentionProbe(network, half=half) as probe:
+            run(network, inputs)
+        torch.testing.assert_close(probe.entropy(), both[:, which : which + 1], atol=1e-6, rtol=0)
+
+
+def test_two_forwards_are_read_one_after_the_other(family, network):
+    network, inputs = network
+    other = inputs | {"timestep": inputs["timestep"].flip(0)}
+    with AttentionProbe(network) as probe:
+        run(network, inputs)
+        first = probe.entropy()
+        run(network, other)
+        second = probe.entropy()
+        run(network, inputs)
+        run(network, other)
+    both = probe.entropy()
+    assert torch.equal(both, torch.cat([first, second]))
+    assert not torch.equal(first, second)
+    run(network, inputs)  # outside, nothing is read
+    with pytest.raises(ValueError, match="no attention layer has"):
+        probe.entropy()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_computes_again_is_not_read_again_and_gradients_stay(family, network, reentrant):
+    network, inputs = network
+    weights = {name: weight for name, weight in network.named_parameters() if "attn" in name and weight.ndim > 1}
+
+    def gradients(probed):
+        network.train()
+        network.zero_grad()
+        for name in ("hidden_states", "sample", "encoder_hidden_states"):  # or a reentrant checkpoint has no gradient
+            if name in inputs:
+                inputs[name].requires_grad_()
+        with AttentionProbe(network) if probed else nullcontext() as probe:
+            network(**inputs)[0].square().mean().backward()
+        found = {name: w.grad.clone() for name, w in weights.items() if w.grad is not None and w.grad.any()}
+        return probe and probe.entropy(), found
+
+    once, plain = gradients(probed=True)
+    assert once is not None and not once.requires_grad
+    network.enable_gradient_checkpointing(lambda *args: checkpoint(*args, use_reentrant=reentrant))
+    again, checkpointed = gradients(probed=True)
+    assert torch.equal(once, again)
+    _, unprobed = gradients(probed=False)
+    assert plain.keys() == unprobed.keys() == checkpointed.keys() and plain
+    for name, gradient in unprobed.items():
+        assert torch.equal(checkpointed[name], gradient)
+        torch.testing.assert_close(plain[name], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_compiled_network_is_read_and_stays_compiled(family, network):
+    network, inputs = network
+    with AttentionProbe(network) as probe:
+        plain = run(network, inputs)
+    expected, compiled = probe.entropy(), []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for block in blocks(network):
+        block.compile(backend=backend)
+    torch.testing.assert_close(run(network, inputs), plain, atol=1e-5, rtol=1e-5)
+    count = len(compiled)
+    with AttentionProbe(network) as probe:
+        probed = run(network, inputs)
+    assert torch.equal(probed, plain) and torch.equal(probe.entropy(), expected)
+    assert count == len(compiled) > 0
+    run(network, inputs)
+    assert count == len(compiled)  # as it was compiled, so it runs afterwards
+
+    whole = torch.compile(network, backend=backend)
+    with AttentionProbe(whole) as probe:
+        run(whole, inputs)
+    assert torch.equal(probe.entropy(), expected)
+    assert not any("_orig_mod" in layer.name for layer in probe.layers)
+
+
+def blocks(network):
+    """What a user compiles one by one: the modules that hold an attention layer themselves."""
+    return [part for part in network.modules() if any(isinstance(child, KINDS) for child in part.children())]
+
+
+@pytest.mark.parametrize("family", ["flux", "qwen-image", "wan"])
+@pytest.mark.parametrize("backend", ["flex", "_native_math"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # which is faster, and not for tests
+def test_what_bypasses_torchs_attention_is_read_at_the_dispatcher(network, backend, monkeypatch):
+    """Flex attention never calls `scaled_dot_product_attention`, and the native ones are not read twice."""
+    network, inputs = network
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", _AttentionBackendRegistry._active_backend)
+    inputs.pop("encoder_hidden_states_mask", None)
+    with AttentionProbe(network, queries="all") as probe:
+        run(network, inputs)
+    native = probe.entropy()
+    network.set_attention_backend(backend)
+    plain = run(network, inputs)
+    with AttentionProbe(network, queries="all") as probe:
+        assert torch.equal(run(network, inputs), plain)
+    torch.testing.assert_close(probe.entropy(), native, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("processor", [AttnProcessor(), SlicedAttnProcessor(1)])
+@pytest.mark.parametrize("family", ["sd15"])
+def test_attention_that_hides_its_keys_is_named_with_a_remedy_that_works(network, processor):
+    network, inputs = network
+    network.set_attn_processor(processor)
+    with (
+        pytest.raises(
+            ValueError, match=rf"attn1 computes its attention by {type(processor).__name__}, .*\(AttnProcessor2_0\(\)\)"
+        ),
+        AttentionProbe(network),
+    ):
+        run(network, inputs)
+    run(network, inputs)  # nothing of the probe is left
+    with AttentionProbe(network, layers=("*.attn2",)) as probe, pytest.raises(ValueError, match="attn2 computes"):
+        run(network, inputs)
+    network.set_attn_processor(AttnProcessor2_0())
+    with AttentionProbe(network) as probe:
+        run(network, inputs)
+    assert probe.entropy().isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["sd3"])
+def test_what_cannot_be_read_is_said(network):
+    network, inputs = network
+    with (
+        pytest.raises(ValueError, match=r"is named 'blocks\.\*'; 'transformer_blocks.0.attn' is one"),
+        AttentionProbe(network, layers=("transformer_blocks.0.*", "blocks.*")),
+    ):
+        pass
+    with pytest.raises(ValueError, match="Linear has no attention layer"), AttentionProbe(torch.nn.Linear(2, 2)):
+        pass
+    with torch.no_grad():
+        for layer in (network.transformer_blocks[0].attn.to_v, network.transformer_blocks[0].attn.add_v_proj):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    with (
+        pytest.raises(ValueError, match=r"blocks\.0\.attn does not show where its image and its text tokens stand"),
+        AttentionProbe(network),
+    ):
+        run(network, inputs)
+
+
+def test_text_joined_to_the_image_before_attention_is_said_and_all_tokens_can_be_read(monkeypatch):
+    """Self-attention over tokens that someone has joined outside, as Lumina and Z-Image do it."""
+
+    class Joined(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = Attention(8, heads=2, dim_head=4)
+
+        def forward(self, hidden_states, encoder_hidden_states):
+            return self.attn(torch.cat([hidden_states, encoder_hidden_states], 1))
+
+    network = Joined()
+    given = {"hidden_states": torch.randn(1, 16, 8), "encoder_hidden_states": torch.randn(1, 5, 8)}
+    with torch.no_grad(), AttentionProbe(network) as probe:
+        network(**given)
+    with pytest.raises(ValueError, match="Joined joins image and text tokens before its attention layers"):
+        probe.entropy()
+    with torch.no_grad(), AttentionProbe(network, queries="all") as probe:
+        network(**given)
+    calls = calls_of_attention(monkeypatch)
+    network(**given)
+    torch.testing.assert_close(probe.entropy()[0].double(), entropy64(*calls[0][:2]).mean((1, 2)), atol=1e-5, rtol=0)
+
+
+def test_scale_causal_masks_and_grouped_heads_are_read_as_torch_takes_them():
+    """An attention layer whose processor hands over whatever it is told to."""
+    q, k = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8)
+    options = {}
+
+    class Processor:
+        def __call__(self, attn, hidden_states, **_):
+            F.scaled_dot_product_attention(q, k, k, **options)
+            return hidden_states
+
+    network = torch.nn.Sequential(Attention(8, heads=2, dim_head=4, processor=Processor()))
+    wide = k.repeat_interleave(2, 1)
+    bias = torch.randn(1, 4, 6, 6)
+    for given, expected in (
+        ({"enable_gqa": True}, entropy64(q, wide)),
+        ({"enable_gqa": True, "scale": 0.9}, entropy64(q, wide, 0.9)),
+        ({"enable_gqa": True, "is_causal": True}, entropy64(q, wide, mask=torch.ones(6, 6).tril().bool())),
+        ({"enable_gqa": True, "attn_mask": bias}, entropy_of(q.double() @ wide.double().mT * 8**-0.5 + bias)),
+    ):
+        options = given
+        with AttentionProbe(network) as probe:
+            network(torch.zeros(1, 6, 8))
+        torch.testing.assert_close(probe.entropy()[0].double(), expected.mean((1, 2)), atol=1e-5, rtol=0)
+
+
+def entropy_of(logits):
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
