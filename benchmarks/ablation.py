@@ -1,6 +1,6 @@
 """Where should the budget go? Every exploration rule and every allocation rule, at equal cost, on the embedded world.
 
-python benchmarks/ablation.py [--json FILE] [--only WORD ...] [--seeds 0 1 2] [--workers N]
+python benchmarks/ablation.py [--json FILE] [--only WORD ...] [--seeds 0 1 2] [--workers N] [--figure FILE]
 
 Each cell trains the embedded model until its training has cost the last of MARKS network evaluations (the probe's and
 the base's among them; a backward counts as two) and judges it on the held-out prompts at each mark. Cells that stand in
@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], help="cells whose name holds one of these words")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--figure", type=Path, help="draw the curves into this file")
     asked = parser.parse_args()
     results: list[dict[str, Any]] = []
     if asked.json and asked.json.exists():
@@ -187,26 +188,71 @@ def main() -> None:
                 aside = asked.json.with_suffix(".partial")
                 aside.write_text(json.dumps(about | {"results": {"cells": results}}, indent=1) + "\n")
                 aside.replace(asked.json)
-    Console(width=120).print(table(results))
+    for host in HOSTS:
+        Console(width=150).print(table(results, host))
+    if asked.figure:
+        draw(results, asked.figure)
 
 
-def table(results: list[dict[str, Any]]) -> Table:
-    """Gain in reward and in strict passes at each mark: the mean over seeds, and their standard deviation."""
-    marks = (f"gain at {mark:,}" for mark in MARKS)
-    shown = Table("host", "exploration", "allocation", "seeds", *marks, "points", "explored")
-    for cell in dict.fromkeys((r["host"], r["exploration"], r["allocation"]) for r in results):
-        rows = [r for r in results if (r["host"], r["exploration"], r["allocation"]) == cell]
-        gains = np.array([[point["reward"] - r["curve"][0]["reward"] for point in r["curve"][1:]] for r in rows])
-        points = np.array([100 * (r["curve"][-1]["pass"] - r["curve"][0]["pass"]) for r in rows])
-        explored = np.mean([r["explored"] for r in rows], axis=0)
-        shown.add_row(
-            *cell,
-            str(len(rows)),
-            *(f"{mean:+.3f} ± {std:.3f}" for mean, std in zip(gains.mean(0), gains.std(0), strict=True)),
-            f"{points.mean():+.1f} ± {points.std():.1f}",
-            " ".join(f"{100 * share:.0f}" for share in explored),
-        )
+def gains(results: list[dict[str, Any]], **where: str) -> np.ndarray:
+    """Gain in held-out reward at each mark, of the runs that are so; (runs, marks)."""
+    rows = [row for row in results if all(row[name] == value for name, value in where.items())]
+    return np.array([[point["reward"] - row["curve"][0]["reward"] for point in row["curve"][1:]] for row in rows])
+
+
+def written(gain: np.ndarray) -> str:
+    """Mean of the last column and its standard error, in hundredths."""
+    if len(gain) < 2:
+        return ""
+    last = 100 * gain[:, -1]
+    return f"{last.mean():+.1f} ± {last.std(ddof=1) / len(last) ** 0.5:.1f}"
+
+
+def table(results: list[dict[str, Any]], host: str) -> Table:
+    """Gain in hundredths at the last mark: mean and standard error over seeds, and over a whole row or column."""
+    here = [row for row in results if row["host"] == host]
+    names = [name for name in ALLOCATION if any(row["allocation"] == name for row in here)]
+    shown = Table(host, *names, "all", "runs", "explored steps, %")
+    for exploration in EXPLORATION:
+        rows = [row for row in here if row["exploration"] == exploration]
+        if rows:
+            cells = (written(gains(rows, allocation=name)) for name in names)
+            explored = 100 * np.mean([row["explored"] for row in rows], axis=0)
+            shares = " ".join(f"{share:.0f}" for share in explored)
+            shown.add_row(exploration, *cells, written(gains(rows)), str(len(rows)), shares)
+    crossed = [row for row in here if row["exploration"] != "H(t), local maxima"]  # which one allocation alone has
+    totals = (written(gains(crossed, allocation=name)) for name in names)
+    shown.add_row("all that are crossed", *totals, written(gains(crossed)), str(len(crossed)), "")
     return shown
+
+
+def draw(results: list[dict[str, Any]], path: Path) -> None:
+    """Reward against network evaluations: by exploration, and by allocation among the explorations that learn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
+    cps = [row for row in results if row["host"] == "cps"]
+    learns = [name for name in EXPLORATION if name in {"window, first 4", "H(t) x noise", "reward spread"}]
+    panels = {
+        "by exploration, over all allocations": {name: gains(cps, exploration=name) for name in EXPLORATION},
+        f"by allocation, over {', '.join(learns)}": {
+            name: np.concatenate([gains(cps, exploration=other, allocation=name) for other in learns])
+            for name in ALLOCATION
+        },
+    }
+    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
+        for name, gain in lines.items():
+            gain = np.concatenate([np.zeros((len(gain), 1)), gain], axis=1)
+            mean, error = gain.mean(0), gain.std(0, ddof=1) / len(gain) ** 0.5
+            (line,) = axis.plot((0, *MARKS), mean, marker="o", markersize=3, label=name)
+            axis.fill_between((0, *MARKS), mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.set(title=title, xlabel="network evaluations spent on training")
+        axis.legend(fontsize=8, frameon=False)
+    axes[0].set_ylabel("gain in held-out reward")
+    figure.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":
