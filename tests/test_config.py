@@ -132,8 +132,8 @@ def test_the_named_settings_of_other_tools_exist():
         ({1: 2}, "1 is not a setting"),
         ({"lr": 1}, "lr is not a setting; did you mean optimizer.lr?"),
         ({"loss": {"eps": 1}}, "loss.eps is not a setting; did you mean advantage.eps or optimizer.eps?"),
-        ({"algorithm": "aegop"}, "algorithm: 'aegop' is not one of flow-grpo, aegpo; did you mean aegpo?"),
-        ({"algorithm": ["aegpo"]}, "algorithm: ['aegpo'] is not one of flow-grpo, aegpo"),
+        ({"algorithm": "aegop"}, "algorithm: 'aegop' is not one of flow-grpo, aegpo, aegpo-paper; did you mean aegpo?"),
+        ({"algorithm": ["aegpo"]}, "algorithm: ['aegpo'] is not one of flow-grpo, aegpo, aegpo-paper"),
         (
             {"sampler": {"kind": "ddim"}},
             "sampler.kind: input should be 'flow_sde', 'dance_sde', 'cps' or 'awm', got 'ddim'",

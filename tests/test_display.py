@@ -3,7 +3,7 @@ import io
 from rich.console import Console
 
 from aegpo import display
-from aegpo.display import Display
+from aegpo.display import Display, bar
 
 EVALUATED = {"step": 0, "forwards": 1200, "seconds": 1.4, "eval/reward_mean": 0.5, "eval/pass_rate": 0.25}
 TRAINED = {"step": 1, "forwards": 2400, "seconds": 2.6, "reward/mean": 0.75}
@@ -27,3 +27,13 @@ def test_without_a_terminal_there_is_a_line_an_evaluation_and_one_when_it_was_qu
     assert lines(1000, monkeypatch) == [first, first.replace("0:", "2:", 1)]
     between = "step    1: reward 0.750  (2,400 forwards, 3 s)"
     assert lines(-1, monkeypatch) == [first, between, first.replace("0:", "2:", 1)]
+
+
+def test_a_piece_of_work_without_a_terminal_is_a_line_only_when_it_was_quiet_for_long(monkeypatch):
+    for quiet, said in [(1000, []), (-1, ["analysis: 1,000 of 1,500", "analysis: 1,500 of 1,500"])]:
+        monkeypatch.setattr(display, "QUIET", quiet)
+        file = io.StringIO()
+        with bar("analysis", 1500, Console(file=file, width=200)) as advance:
+            advance(1000)
+            advance(500)
+        assert file.getvalue().splitlines() == said

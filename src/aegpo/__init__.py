@@ -12,6 +12,7 @@ _PUBLIC = {
     "run": "aegpo.build",
     "sample": "aegpo.build",
     "evaluate": "aegpo.build",
+    "analyze": "aegpo.build",
     "train": "aegpo.train",
     "collect": "aegpo.rollout",
     "probe": "aegpo.rollout",

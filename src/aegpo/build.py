@@ -1,9 +1,10 @@
 """The one place where the names in a config become objects, and a run's folder is made."""
 
+import itertools
 import json
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -17,17 +18,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from aegpo import checkpoint, rewards, world
+from aegpo.analysis import analyze as measure
+from aegpo.analysis import evaluations
 from aegpo.config import Config, dump_yaml, load_yaml, resolve
 from aegpo.data import load_prompts
-from aegpo.display import Display
+from aegpo.display import Display, bar
 from aegpo.evaluation import evaluate as evaluate_policy
 from aegpo.models import load, load_pipeline, loading, text_tokens
-from aegpo.report import read_metrics, write_model_card, write_report
+from aegpo.report import read_metrics, write_analysis, write_model_card, write_report
+from aegpo.report.analysis import READINGS, SIGNALS, from_one
+from aegpo.report.html import correlation, percent
 from aegpo.train import train
 from aegpo.types import Prompt
 
 RUN_FILES = (
-    *("config.yaml", "env.json", "metrics.jsonl", "metrics.partial", "report.html", "README.md", "samples"),
+    *("config.yaml", "env.json", "metrics.jsonl", "metrics.partial", "report.html", "README.md", "samples", "analysis"),
     *("checkpoint-*", ".checkpoint-*", ".weights", "pytorch_lora_weights.safetensors", ".report*", ".README*"),
     *("model_index.json", "scheduler", "transformer", "vae", "text_encoder*", "tokenizer*"),
 )
@@ -60,18 +65,7 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
             f"prompts_per_step: a step takes {config.prompts_per_step} prompts, but {config.prompts.train} holds "
             f"{len(prompts)}; lower it (and rollouts_per_step), or give more prompts"
         )
-    if config.reward == "world":
-        for prompt in (*prompts, *held_out):
-            world.requested(prompt.text, prompt.metadata)
-    reward = rewards.load(config.reward)
-    black_and_white = np.zeros((2, 32, 32, 3), np.uint8)
-    black_and_white[1] = 255
-    for split, part in (("train", prompts), ("eval", held_out)):  # before anything is written
-        try:
-            reward(black_and_white, [part[0].text] * 2, [part[0].metadata] * 2)
-        except ValueError as error:
-            source = getattr(config.prompts, split)
-            raise ValueError(f"{error} (tried on a prompt of prompts.{split}: {source})") from error
+    reward = _reward(config, {"train": prompts, "eval": held_out})
     model = load(config.model, config.seed)
 
     if start is None:
@@ -135,12 +129,62 @@ def evaluate(run: Path, prompts: str | None = None, images: int | None = None) -
         ValueError: there is no such run or it has no checkpoint, or the prompts cannot be read.
     """
     given = {"prompts": {"eval": prompts}} if prompts else {}
-    config = resolve(load_yaml(run / "config.yaml"), given, {"eval_images": images} if images else {})
+    config = _config(run, given, {"eval_images": images} if images else {})
     held_out = _prompts(config.prompts.eval, "eval", config)
-    newest = _resume_point(run, "latest")
+    newest = _checkpoints(run)[-1]
     model = load(config.model, config.seed)
     checkpoint.load_weights(newest, model.trainable)
     return evaluate_policy(config, model, held_out, rewards.load(config.reward))
+
+
+def analyze(
+    model: str, prompts: str | None = None, reward: str | None = None, images: int = 4, out: Path | None = None
+) -> Path:
+    """Check on a run, or on a model before training, where attention entropy points and where there is to gain.
+
+    Args:
+        model: a run's folder, or what `model.path` may be.
+        prompts: a file, or `world`; by default a run's held-out ones, and the embedded model's.
+        reward: by default the run's own.
+        images: judged for each prompt.
+        out: the folder to write `analysis.html` and `analysis.json` into; by default `analysis` in the run's folder,
+            or in `runs`.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: anything the user got wrong, in one plain line; nothing has been written then.
+    """
+    run = Path(model)
+    trained = (run / "config.yaml").is_file()
+    if not trained and model != "world" and prompts is None:
+        raise ValueError(
+            f"{model} is not the folder of a run (it holds no config.yaml), and any other model needs --prompts: a "
+            f".txt with one prompt a line, or a .jsonl"
+        )
+    given = {"prompts": {"eval": prompts}} if prompts else {}
+    given |= {"reward": reward} if reward else {}
+    given |= {"eval_images": images}
+    config = _config(run, given) if trained else resolve({"model": {"path": model}}, given)
+    asked = _prompts(config.prompts.eval, "eval", config)
+    judge = _reward(config, {"eval": asked})
+    found = _checkpoints(run) if trained else []
+    policy = load(config.model, config.seed)
+    for folder in found:
+        checkpoint.verify(folder, policy.trainable)
+    out = out or (run if trained else Path("runs")) / "analysis"
+    out.mkdir(parents=True, exist_ok=True)
+
+    console = Console()
+    stages = 1 + sum(checkpoint.step_of(folder) > 0 for folder in found)
+    with bar("analysis", evaluations(config, len(asked), stages), console) as advance:
+        measured = measure(config, policy, asked, judge, found, advance)
+    page = write_analysis(out, config, run.resolve().name, measured)
+    for table in _correlations(measured):
+        console.print(table)
+    console.print(f"analysis: {page}", highlight=False, markup=False, soft_wrap=True)
+    return page
 
 
 def environment(config: Config) -> dict[str, Any]:
@@ -157,13 +201,39 @@ def environment(config: Config) -> dict[str, Any]:
     }
 
 
-def _config(run: Path) -> Config:
+def _config(run: Path, *layers: dict[str, Any]) -> Config:
+    """The run's own, with others laid over it."""
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run} is not a run's folder: it has no config.yaml")
     try:
-        return resolve(load_yaml(run / "config.yaml"))
+        return resolve(load_yaml(run / "config.yaml"), *layers)
     except ValueError as error:
         raise ValueError(f"{run}/config.yaml: {error}") from None
+
+
+def _reward(config: Config, prompts: dict[str, list[Prompt]]) -> rewards.Reward:
+    """The reward, tried on a black and a white picture for a prompt of each split."""
+    if config.reward == "world":
+        for prompt in itertools.chain(*prompts.values()):
+            world.requested(prompt.text, prompt.metadata)
+    reward = rewards.load(config.reward)
+    black_and_white = np.zeros((2, 32, 32, 3), np.uint8)
+    black_and_white[1] = 255
+    for split, part in prompts.items():
+        try:
+            reward(black_and_white, [part[0].text] * 2, [part[0].metadata] * 2)
+        except ValueError as error:
+            source = getattr(config.prompts, split)
+            raise ValueError(f"{error} (tried on a prompt of prompts.{split}: {source})") from error
+    return reward
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first, of which there is one at least."""
+    found = checkpoint.checkpoints(run)
+    if not found:
+        raise ValueError(f"run {run} has no checkpoint yet: its first is written after its first evaluation")
+    return found
 
 
 def _prompts(source: str, split: str, config: Config) -> list[Prompt]:
@@ -232,6 +302,21 @@ def _refuse_another_course(start: Path, config: Config) -> None:
     if config.steps < done:
         raise ValueError(f"steps: {start} is past step {config.steps}; ask for at least {done}")
     read_metrics(folder)  # a damaged line is said while nothing has been written
+
+
+def _correlations(measured: dict[str, Any]) -> Iterator[Table]:
+    """The correlations of `aegpo.analysis`, in short; those over prompts where there are any."""
+    if measured["correlations"]:
+        table = Table("gain from step", "to", *SIGNALS.values(), title="correlation with what a prompt gained")
+        for row in measured["correlations"]:
+            if row["gain"] == "gain_to_next":
+                table.add_row(str(row["step"]), str(row["next"]), *(correlation(row[signal]) for signal in SIGNALS))
+        yield table
+    table = Table("curve", "correlation", "steps", "of the best", title="correlation with what a step is worth")
+    for name, reading in measured["readings"].items():
+        steps, share = from_one(reading["chosen"]), percent(reading["share"])
+        table.add_row(READINGS[name], correlation(reading["correlation"]), steps, share)
+    yield table
 
 
 def _before_after(folder: Path) -> Table:

@@ -29,6 +29,7 @@ Align diffusion and flow models with human preference by online reinforcement le
   aegpo sample RUN --prompt "a red circle above a blue square" --out x.png [--seed 0]
   aegpo eval RUN [--prompts FILE] [--images N]
   aegpo report RUN
+  aegpo analyze MODEL [--prompts FILE] [--reward NAME] [--images N] [--out DIR]
   aegpo world pretrain OUT [--steps N] [--seed N]
 
   aegpo --version
@@ -63,7 +64,8 @@ def _say(message: str, code: int) -> int:
 
 
 def _command(words: list[str]) -> None:
-    commands = {"train": _train, "sample": _sample, "eval": _evaluate, "report": _report, "world": _world}
+    commands = {"train": _train, "sample": _sample, "eval": _evaluate, "report": _report}
+    commands |= {"analyze": _analyze, "world": _world}
     name, rest = (words[0], words[1:]) if words else ("", [])
     if name in ("-h", "--help"):
         print(HELP, end="")
@@ -152,6 +154,26 @@ def _report(words: list[str]) -> None:
     from aegpo.report import write_report
 
     print(write_report(asked.RUN))
+
+
+def _analyze(words: list[str]) -> None:
+    about = "Check where attention entropy points, and where there is something to gain, on a run or before training."
+    parser = _Parser("analyze", about)
+    parser.add_argument(
+        "MODEL", type=_text, help="the folder of a run, a diffusers pipeline (folder, hub id), or world"
+    )
+    default = "default: the run's held-out prompts, or the world's; any other model needs it"
+    parser.add_argument("--prompts", type=_text, metavar="FILE", help=f"a .txt or .jsonl, or world ({default})")
+    parser.add_argument(
+        "--reward", type=_text, metavar="NAME", help="world, or FILE.py:FUNCTION (default: the run's own)"
+    )
+    parser.add_argument("--images", type=_whole(1), metavar="N", default=4, help="images for each prompt (default: 4)")
+    where = "where to write analysis.html and analysis.json (default: RUN/analysis, or runs/analysis)"
+    parser.add_argument("--out", type=_text, metavar="DIR", help=where)
+    asked = parser.read(words)
+    from aegpo.build import analyze
+
+    analyze(asked.MODEL, asked.prompts, asked.reward, asked.images, Path(asked.out) if asked.out else None)
 
 
 def _world(words: list[str]) -> None:
@@ -350,7 +372,15 @@ def _print_train_help(parser: "_Parser") -> None:
         "Settings, for RECIPE and the command line. Over these defaults go the algorithm's choices and the recipe's: "
     )
     about += "--dry-run shows what they come to."
-    tyro.cli(Config, prog="aegpo train", description=about, args=["--help"], registry=registry, use_underscores=True)
+    tyro.cli(
+        Config,
+        prog="aegpo train",
+        description=about,
+        args=["--help"],
+        registry=registry,
+        use_underscores=True,
+        config=(tyro.conf.FlagConversionOff,),  # a switch takes a value here, as in a recipe
+    )
 
 
 # ---------------------------------------------------------------- arguments

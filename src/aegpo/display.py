@@ -1,6 +1,8 @@
 """Progress of a run: live bars on a terminal; elsewhere a plain line an evaluation, and one every half minute."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,15 +17,7 @@ class Display:
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
         self.console = console or Console()
-        self.bars = Progress(
-            TextColumn("{task.description:<9}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
+        self.bars = _bars(self.console)
         self.whole = self.bars.add_task("training", total=steps, note="")
         self.phase = self.bars.add_task("", total=None, note="", visible=False)
         self._before = (time.monotonic(), 0)
@@ -63,3 +57,33 @@ class Display:
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False)
         self._said = time.monotonic()
+
+
+@contextmanager
+def bar(what: str, total: int, console: Console) -> Iterator[Callable[[int], None]]:
+    """One bar for a piece of work, and within it the function to tell how many more of `total` are done."""
+    with _bars(console) as bars:
+        task = bars.add_task(what, total=total, note="")
+        done, said = 0, time.monotonic()
+
+        def advance(count: int) -> None:
+            nonlocal done, said
+            done += count
+            bars.advance(task, count)
+            if not console.is_terminal and time.monotonic() - said > QUIET:
+                console.print(f"{what}: {done:,} of {total:,}", highlight=False)
+                said = time.monotonic()
+
+        yield advance
+
+
+def _bars(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )

@@ -33,12 +33,9 @@ def evaluate(
         `eval/reward_mean`, and `eval/pass_rate` where the reward has a strict verdict; both again by task where the
         prompts have one.
     """
-    count = config.eval_images
-    images = draw(model, held_out, config)
-    asked = [prompt for prompt in held_out for _ in range(count)]
-    judged = reward(images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+    images, asked, judged = draw_and_judge(config, model, held_out, reward)
     if grid:
-        shown = np.linspace(0, len(held_out) - 1, min(SHOWN, len(held_out))).round().astype(int) * count
+        shown = evenly_spaced(len(held_out), SHOWN) * config.eval_images
         save_grid(
             grid,
             images[shown],
@@ -47,6 +44,20 @@ def evaluate(
             None if judged.passed is None else judged.passed[shown].tolist(),
         )
     return _means(judged, [prompt.metadata.get("task") for prompt in asked])
+
+
+def draw_and_judge(
+    config: Config, model: Denoiser, prompts: Sequence[Prompt], reward: Reward
+) -> tuple[np.ndarray, list[Prompt], Judgement]:
+    """`eval_images` pictures of each prompt, uint8 (n, H, W, 3), the prompt of each, and what the reward says of it."""
+    images = draw(model, prompts, config)
+    asked = [prompt for prompt in prompts for _ in range(config.eval_images)]
+    return images, asked, reward(images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+
+
+def evenly_spaced(count: int, most: int) -> np.ndarray:
+    """At most `most` of the places 0 to count - 1, from the first to the last."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
 def _means(judged: Judgement, tasks: Sequence[str | None]) -> dict[str, float]:

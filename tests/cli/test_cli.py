@@ -28,6 +28,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "broken.yaml": "steps: [1\nseed: 2\n",
         "algorithms.yaml": "algorithm: [aegpo]\n",
         "empty.txt": "\n\n",
+        "ring.txt": "a ring\n",
+        "zebra.txt": "a ring\na zebra\n",
+        "fresh/config.yaml": "steps: 3\n",
         "run/config.yaml": "steps: 3\noutput_dir: where/it/was\noptimizer: {lr: 0.5}\n",
         "run/checkpoint-2/state.json": "{}",
         "run/metrics.jsonl": '{"step": 0}\n',
@@ -75,7 +78,7 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
     ("argv", "expected"),
     [
         # the command
-        ([], "no command given; the commands are train, sample, eval, report, world"),
+        ([], "no command given; the commands are train, sample, eval, report, analyze, world"),
         (["trian"], "'trian' is not a command; the commands are train, .*; did you mean train\\?"),
         (["--hlep"], "'--hlep' is not a command; .*; did you mean --help\\?"),
         # the recipe
@@ -93,7 +96,7 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
         (["train", "number.yaml", "--optimizer.lr", "1"], "recipe number.yaml: optimizer is a group .*, not 3"),
         (
             ["train", "algorithms.yaml"],
-            "recipe algorithms.yaml: algorithm: \\['aegpo'\\] is not one of flow-grpo, aegpo; .*",
+            "recipe algorithms.yaml: algorithm: \\['aegpo'\\] is not one of flow-grpo, aegpo.*; .*",
         ),
         (
             ["train", "--optimizer.lrr", "1"],
@@ -148,6 +151,9 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
         (["eval", "run", "--image", "3"], "eval: --image is not an option; did you mean --images\\?"),
         (["report", "nothing"], "report: argument RUN: 'nothing' is not the folder of a run: it holds no config.yaml"),
         (["report", "run", "more"], "report: unrecognized arguments: more"),
+        (["analyze"], "analyze: the following arguments are required: MODEL"),
+        (["analyze", "run", "--image", "3"], "analyze: --image is not an option; did you mean --images\\?"),
+        (["analyze", "run", "--images", "0"], "analyze: argument --images: must be a whole .* least 1, not '0'"),
         (["world"], "world: the following arguments are required: pretrain, OUT"),
         (["world", "pretrian", "out"], "world: argument pretrain: invalid choice: 'pretrian' .*'?pretrain'?.*"),
         (["world", "pretrain", "out", "--steps", "0"], "world: argument --steps: must be a whole .* least 1, not '0'"),
@@ -173,6 +179,20 @@ def test_bad_input_is_one_line_that_says_what_would_be_right(
         (["sample", "run", "--prompt", "a ring", "--out", "x.txt"], "--out: x.txt is not named as an image; .*"),
         (["sample", "run", "--prompt", "a ring", "--out", "x.psd"], "--out: x.psd is not named as an image; .*"),
         (["sample", "broken", *PNG], "broken/config.yaml: steps: input should be a valid integer, got 'x'"),
+        (["eval", "broken"], "broken/config.yaml: steps: input should be a valid integer, got 'x'"),
+        (["eval", "fresh"], "run fresh has no checkpoint yet: its first is written after its first evaluation"),
+        (["analyze", "fresh"], "run fresh has no checkpoint yet: its first is written after its first evaluation"),
+        (["analyze", "broken"], "broken/config.yaml: steps: input should be a valid integer, got 'x'"),
+        (["analyze", "run"], "checkpoint run/checkpoint-2 is not complete .*manifest.json.*"),
+        (["analyze", "rnu"], "rnu is not the folder of a run .*no config.yaml.*needs --prompts: a .txt .* or a .jsonl"),
+        (["analyze", "no/such/run", "--prompts", "ring.txt"], "model.path: no/such/run is neither a folder nor .*"),
+        (["analyze", "other", "--prompts", "ring.txt"], "model.path: other holds no diffusers pipeline .*"),
+        (["analyze", "world", "--prompts", "empty.txt"], "prompts.eval: empty.txt holds no prompt; .*"),
+        (["analyze", "world", "--prompts", "none.txt"], "prompts.eval: none.txt cannot be read: No such file.*"),
+        (["analyze", "world", "--prompts", "zebra.txt"], "prompts.eval: zebra.txt: .* does not know 'zebra' .*"),
+        (["analyze", "world", "--reward", "wrld"], "reward: 'wrld' is unknown; give 'world', or your own as .*"),
+        (["analyze", "world", "--reward", "mine.py:score"], "reward: file mine.py does not exist"),
+        (["analyze", "world", "--out", "my.yaml"], "my.yaml: File exists"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -398,27 +418,35 @@ SPLIT = {
     "exploration": {"rule": "window"},
 }
 MATCHED = PROBED | {"sampler": {"kind": "awm"}}  # a fifth pass, for the log-probability before the update
+SHARED = {  # every rollout begins on a trunk of one step at least; the spread is measured at steps 0, 10 and 20
+    "algorithm": "flow-grpo",
+    "steps": 25,
+    "sampler": {"shared_noise": True},
+    "exploration": {"rule": "reward_spread", "k": 2},
+    "loss": {"kl": 0},
+}
 ROWS = ("rollouts", "explored steps", "rows", "optimizer updates", "micro-batches")
-COSTS = ("sampling evaluations", "probe evaluations", "training evaluations", "evaluations a step", "base probe")
-TOTALS = ("evaluations in all", "base probes in all")
+COSTS = ("sampling evaluations", "trunk evaluations", "training evaluations", "evaluations a step")
+BESIDES = ("base probe", "spread of reward", "evaluations in all", "base probes in all")
 
 
 @pytest.mark.parametrize(
-    ("recipe", "rows", "costs", "totals"),
-    [
-        (GUIDED, (50, 3, 150, 4, 6), (800, 64, 1200, 2064, 64), (14_448, 448)),
-        (PLAIN, (24, 4, 96, 2, 2), (120, 0, 288, 408, 0), (4_080, 0)),
-        (PROBED, (96, 2, 192, 2, 4), (960, 80, 768, 1808, 80), (5_424, 240)),
-        (MATCHED, (96, 2, 192, 2, 4), (960, 80, 960, 2000, 80), (6_000, 240)),
-        (SPLIT, (96, 4, 384, 2, 8), (960, 80, 1536, 2576, 80), (2_576, 80)),
+    ("recipe", "rows", "costs", "besides"),
+    [  # a prompt's first rollout begins on its probe: there it saves a step, and under awm all of them
+        (GUIDED, (50, 3, 150, 4, 6), (2 * (400 - 4), 64, 1200, 2056), (64, 0, 14_392, 448)),
+        (PLAIN, (24, 4, 96, 2, 2), (120, 0, 288, 408), (0, 0, 4_080, 0)),
+        (PROBED, (96, 2, 192, 2, 4), (960 - 8, 80, 768, 1800), (80, 0, 5_400, 240)),
+        (MATCHED, (96, 2, 192, 2, 4), (960 - 80, 80, 960, 1920), (80, 0, 5_760, 240)),
+        (SPLIT, (96, 4, 384, 2, 8), (960 - 8, 80, 1536, 2568), (80, 0, 2_568, 80)),
+        (SHARED, (96, 2, 192, 2, 4), (960 - 96, 8, 576, 1448), (0, 3 * 4 * (6 * 45 + 9), 36_200 + 3_348, 0)),
     ],
-    ids=["guided", "plain", "probed", "matched", "split"],
+    ids=["guided", "plain", "probed", "matched", "split", "shared"],
 )
 def test_the_dry_run_counts_what_a_step_costs(
     recipe: dict[str, Any],
     rows: tuple[int, ...],
     costs: tuple[int, ...],
-    totals: tuple[int, ...],
+    besides: tuple[int, ...],
     folder: Path,
     capsys: pytest.CaptureFixture[str],
 ):
@@ -428,8 +456,8 @@ def test_the_dry_run_counts_what_a_step_costs(
     numbers = {
         line[2:25].strip(): int(line.split()[-1].replace(",", "")) for line in out.splitlines() if line[:1] == "#"
     }
-    expected = (*rows, *costs, *totals)
-    assert numbers == dict(zip((*ROWS, *COSTS, *TOTALS), expected, strict=True))
+    expected = (*rows, *costs, *besides)
+    assert numbers == dict(zip((*ROWS, *COSTS, *BESIDES), expected, strict=True))
 
 
 def test_what_the_dry_run_prints_is_a_recipe_of_the_same_run(folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -455,11 +483,12 @@ def test_the_help_of_train_lists_every_setting_with_its_default(capsys: pytest.C
             default = getattr(default, key)
         shown = f"'[{', '.join(map(str, default))}]'" if isinstance(default, tuple) else default
         assert f"(default: {shown})" in entries[name]
+    assert {name for name in entries if "." in name} <= set(settings())  # and no option that the command line refuses
     assert "Classifier-free guidance" in entries["sampler.guidance"]
     assert {"dry-run", "resume", "overwrite"} <= set(entries)
 
 
-@pytest.mark.parametrize("command", ["sample", "eval", "report", "world"])
+@pytest.mark.parametrize("command", ["sample", "eval", "report", "analyze", "world"])
 def test_every_small_command_has_a_help_page(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

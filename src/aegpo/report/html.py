@@ -57,13 +57,25 @@ def write_report(run: Path) -> Path:
     return run / "report.html"
 
 
-def _render(record: RunRecord) -> str:
-    from jinja2 import Environment, StrictUndefined
+def rendered(template: str, **values: Any) -> str:
+    """A page of this room, `template`.html.jinja, with these values in it."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        loader=FunctionLoader(lambda name: files("aegpo.report").joinpath(name).read_text("utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
     environment.filters |= {"reward": reward, "percent": percent, "count": count, "duration": duration}
-    template = environment.from_string(files("aegpo.report").joinpath("template.html.jinja").read_text("utf-8"))
-    return template.render(
+    environment.filters |= {"correlation": correlation}
+    return environment.get_template(f"{template}.html.jinja").render(values)
+
+
+def _render(record: RunRecord) -> str:
+    return rendered(
+        "report",
         name=record.folder.name,
         facts=_facts(record),
         matching=record.is_matching,
@@ -93,6 +105,11 @@ def percent(value: float | None, signed: bool = False) -> str:
     if value is None:
         return "–"
     return _with_minus(f"{100 * value:+.1f}") if signed else f"{100 * value:.1f} %"
+
+
+def correlation(value: float | None) -> str:
+    """A correlation with two decimals, or that there is none: one side of it is the same everywhere."""
+    return "constant" if value is None else _with_minus(f"{value:+.2f}")
 
 
 def count(value: float) -> str:

@@ -25,7 +25,9 @@ VARIABLES = {MUTED: "--muted", RULE: "--rule", ACCENT: "--accent"}
 VARIABLES |= {phase: f"--phase-{number}" for number, phase in enumerate(PHASES, start=1)}
 
 HEAT = ("#1d2a4d", "#2c5f8a", "#3a9a9c", "#8fc98a", "#f2e2a0")  # low to high; the page draws its scale from the same
+CHANGE = ("#2c5f8a", "#8db6c9", "#f1ede4", "#e0a27d", "#a8492f")  # less, as much, more
 HEAT_COLUMNS = 120
+DENOISING = "Denoising step (1 is the noisiest)"
 ROUND = [1, 2, 5, 10]  # what ticks are multiples of
 WIDE, NARROW = (4.9, 2.7), (3.0, 1.3)  # inches; small enough for their letters to stay readable on a phone
 
@@ -93,7 +95,7 @@ def entropy_curves(first: Sequence[float], last: Sequence[float]) -> Markup:
     figure, axes = _figure(WIDE)
     axes.plot(_from_one(first), first, color=MUTED, marker="o", markersize=3.5)
     axes.plot(_from_one(last), last, color=ACCENT, marker="o", markersize=3.5)
-    _label(axes, "Denoising step (1 is the noisiest)", "Entropy (nats)")
+    _label(axes, DENOISING, "Entropy (nats)")
     return _inlined(figure, "Entropy over denoising steps")
 
 
@@ -102,17 +104,60 @@ def entropy_heat_map(steps: Sequence[int], entropy: Sequence[Sequence[float]]) -
     """Entropy by training step (across) and denoising step (down). Long runs are averaged into at most 120 columns."""
     rows = list(zip(*(_mean_columns(chunk) for chunk in chunked(entropy, HEAT_COLUMNS)), strict=True))
     figure, axes = _figure(WIDE)
-    axes.imshow(
-        rows,
-        cmap=LinearSegmentedColormap.from_list("heat", HEAT),
-        aspect="auto",
-        interpolation="none",
-        extent=(steps[0] - 0.5, steps[-1] + 0.5, len(rows) + 0.5, 0.5),
-    )
-    axes.grid(False)
+    _heat(axes, rows, HEAT, (steps[0], steps[-1]))
     _label(axes, "Training step", "Denoising step")
     axes.yaxis.set_major_locator(MaxNLocator(11, integer=True, steps=ROUND, min_n_ticks=1))
     return _inlined(figure, "Entropy by training step and denoising step")
+
+
+@styled
+def layer_map(name: str, layers: Sequence[Sequence[float]], change: bool = False) -> Markup:
+    """Entropy, or its change, by denoising step (across) and attention layer (down).
+
+    Args:
+        name: What is mapped, in plain letters.
+        layers: A row a layer, a number a denoising step.
+        change: Whether the numbers have a sign; 0 is the middle of the colours then.
+    """
+    figure, axes = _figure(WIDE)
+    most = max(abs(value) for row in layers for value in row) or 1.0
+    _heat(axes, layers, CHANGE if change else HEAT, (1, len(layers[0])), (-most, most) if change else (None, None))
+    _label(axes, DENOISING, "Attention layer")
+    axes.yaxis.set_major_locator(MaxNLocator(11, integer=True, steps=ROUND, min_n_ticks=1))
+    return _inlined(figure, f"{name} by attention layer and denoising step")
+
+
+@styled
+def scatter(label: str, across: str, up: str, x: Sequence[float], y: Sequence[float]) -> Markup:
+    """One point a prompt, and a line where neither gain nor loss is."""
+    figure, axes = _figure(WIDE)
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    axes.scatter(x, y, s=14, color=ACCENT, alpha=0.6, linewidths=0)
+    _label(axes, across, up)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=ROUND))
+    return _inlined(figure, label)
+
+
+@styled
+def step_bars(values: Sequence[float], marked: Sequence[int]) -> Markup:
+    """A bar a denoising step; the marked ones, counted from 0, stand out."""
+    figure, axes = _figure(WIDE)
+    colours = [ACCENT if step in marked else PHASES[1] for step in range(len(values))]
+    axes.bar(_from_one(values), values, color=colours, width=0.72)
+    _label(axes, DENOISING, "Spread of reward (std)")
+    return _inlined(figure, "Spread of reward from exploring each denoising step alone")
+
+
+@styled
+def step_curve(name: str, values: Sequence[float], marked: Sequence[int]) -> Markup:
+    """A small curve over denoising steps, to stand beside others, with a dot on the marked steps, counted from 0."""
+    figure, axes = _figure(NARROW)
+    axes.plot(_from_one(values), values, color=MUTED, linewidth=1.4)
+    axes.plot([step + 1 for step in marked], [values[step] for step in marked], "o", color=ACCENT, markersize=5)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(3, steps=ROUND))
+    axes.ticklabel_format(axis="y", useOffset=False)
+    return _inlined(figure, f"Curve {name} over denoising steps")
 
 
 @styled
@@ -123,7 +168,7 @@ def explored_histogram(phases: Sequence[Sequence[int]]) -> Markup:
     for counts, colour in zip(phases, PHASES, strict=False):
         axes.bar(_from_one(counts), counts, bottom=below, color=colour, width=0.72)
         below = [sum(pair) for pair in zip(below, counts, strict=True)]
-    _label(axes, "Denoising step (1 is the noisiest)", "Rollouts")
+    _label(axes, DENOISING, "Rollouts")
     return _inlined(figure, "Rollouts that explored each denoising step")
 
 
@@ -181,6 +226,26 @@ def chunked(values: Sequence[T], most: int) -> list[Sequence[T]]:
 def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.add_subplot()
+
+
+def _heat(
+    axes: Axes,
+    rows: Sequence[Sequence[float]],
+    colours: Sequence[str],
+    across: tuple[int, int],
+    limits: tuple[float | None, float | None] = (None, None),
+) -> None:
+    """Numbers as colours, a row a line from 1 down, a column a number from the first to the last of `across`."""
+    axes.imshow(
+        rows,
+        cmap=LinearSegmentedColormap.from_list("heat", colours),
+        aspect="auto",
+        interpolation="none",
+        extent=(across[0] - 0.5, across[1] + 0.5, len(rows) + 0.5, 0.5),
+        vmin=limits[0],
+        vmax=limits[1],
+    )
+    axes.grid(False)
 
 
 def _label(axes: Axes, across: str, up: str) -> None:
