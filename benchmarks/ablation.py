@@ -3,8 +3,9 @@
 python benchmarks/ablation.py [--json FILE] [--only WORD ...] [--seeds 0 1 2] [--workers N] [--figure FILE]
 
 Each cell trains the embedded model until its training has cost the last of MARKS network evaluations (the probe's and
-the base's among them; a backward counts as two) and judges it on the held-out prompts at each mark. Cells that stand in
-the JSON file already are not run again, so a stopped run goes on.
+the base's among them; a backward counts as two) and judges it on the held-out prompts at the end of the step in which
+it passes each mark. Cells that stand in the JSON file already are not run again, so a stopped run goes on; each says of
+which commit it is.
 """
 
 import argparse
@@ -28,6 +29,8 @@ MARKS = (12_000, 24_000)  # network evaluations x samples spent on training when
 PROMPTS = 32  # of the world's training prompts, so that each is visited again and again
 
 COMMON: dict[str, Any] = {
+    "sampler": {"kind": "cps", "eta": 0.6},
+    "probe": {"queries": "image", "keys": "all"},
     "model": {"lora": {"rank": 32, "alpha": 64}},
     "optimizer": {"lr": 1e-3, "betas": [0.9, 0.99], "max_grad_norm": 1e-3, "updates": 2, "micro_batch": 96},
     "loss": {"clip_low": 1e-4, "clip_high": 1e-4},
@@ -36,26 +39,18 @@ COMMON: dict[str, Any] = {
     "eval_images": 2,
     "save_every": 100_000,
 }
-HOSTS: dict[str, dict[str, Any]] = {
-    "cps": {"sampler": {"kind": "cps", "eta": 0.6}},
-    "awm": {
-        "sampler": {"kind": "awm"},
-        "model": {"train": "full"},
-        "optimizer": {"lr": 3e-4, "max_grad_norm": 1.0, "updates": 4},
-        "loss": {"kl": 0.08, "clip_low": 0.1, "clip_high": 0.1},
-    },
-}
-EXPLORATION: dict[str, dict[str, Any]] = {
+PLAIN = {"rule": "entropy_peaks", "k": 4, "reading": "plain"}
+EXPLORATION: dict[str, dict[str, Any]] = {  # with cps, policy noise is the window: its noise falls step by step
     "all": {"exploration": {"rule": "all"}},
-    "window, first 4": {"exploration": {"rule": "window"}},
-    "random 4": {"exploration": {"rule": "random"}},
-    "H(t), image to all": {"exploration": {"rule": "entropy_peaks"}},
-    "H(t), image to text": {"exploration": {"rule": "entropy_peaks"}, "probe": {"keys": "text"}},
-    "H(t) above the batch": {"exploration": {"rule": "entropy_peaks", "reading": "above_batch"}},
-    "H(t) x noise": {"exploration": {"rule": "entropy_peaks", "reading": "times_noise"}},
-    "H(t), local maxima": {"exploration": {"rule": "entropy_peaks", "local_maxima": True, "min_distance": 2}},
-    "|dH(t)|": {"exploration": {"rule": "delta_entropy_peaks"}},
-    "reward spread": {"exploration": {"rule": "reward_spread"}},
+    "window, first 4": {"exploration": {"rule": "window", "k": 4}},
+    "random 4": {"exploration": {"rule": "random", "k": 4}},
+    "H(t), image to all": {"exploration": PLAIN},
+    "H(t), image to text": {"exploration": PLAIN, "probe": {"keys": "text"}},
+    "H(t) above the batch": {"exploration": PLAIN | {"reading": "above_batch"}},
+    "H(t) x noise": {"exploration": PLAIN | {"reading": "times_noise"}},
+    "H(t), local maxima": {"exploration": PLAIN | {"local_maxima": True, "min_distance": 2}},
+    "|dH(t)|": {"exploration": {"rule": "delta_entropy_peaks", "k": 4}},
+    "reward spread": {"exploration": {"rule": "reward_spread", "k": 4}},
 }
 ALLOCATION: dict[str, dict[str, Any]] = {
     name: {"allocation": {"rule": name}} for name in ("uniform", "median_split", "proportional", "reward_variance")
@@ -66,20 +61,16 @@ class Enough(Exception):
     """The budget is spent."""
 
 
-def cells(seeds: list[int]) -> Iterator[tuple[str, str, str, int]]:
-    """Host, exploration, allocation and seed: all crossed where a sampler explores, then a part of them for awm."""
+def cells(seeds: list[int]) -> Iterator[tuple[str, str, int]]:
+    """Exploration, allocation and seed: all crossed, but for local maxima, which only the uniform allocation has."""
     for seed in seeds:
         for allocation in ALLOCATION:
             for exploration in EXPLORATION:
                 if allocation == "uniform" or exploration != "H(t), local maxima":
-                    yield "cps", exploration, allocation, seed
-    for seed in seeds:
-        for allocation in ("uniform", "median_split"):
-            for exploration in ("window, first 4", "random 4", "H(t), image to all", "|dH(t)|"):
-                yield "awm", exploration, allocation, seed
+                    yield exploration, allocation, seed
 
 
-def train_cell(host: str, exploration: str, allocation: str, seed: int) -> dict[str, Any]:
+def train_cell(exploration: str, allocation: str, seed: int) -> dict[str, Any]:
     """One training; held-out reward and pass rate before it and at each mark."""
     import torch
 
@@ -92,9 +83,7 @@ def train_cell(host: str, exploration: str, allocation: str, seed: int) -> dict[
     torch.set_num_threads(1)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        config = resolve(
-            COMMON, HOSTS[host], EXPLORATION[exploration], ALLOCATION[allocation], {"seed": seed, "output_dir": folder}
-        )
+        config = resolve(COMMON, EXPLORATION[exploration], ALLOCATION[allocation], {"seed": seed, "output_dir": folder})
         everything = world.training()
         kept = np.random.default_rng(0).permutation(len(everything))[:PROMPTS]
         own = Path(folder, "train.jsonl")
@@ -131,10 +120,10 @@ def train_cell(host: str, exploration: str, allocation: str, seed: int) -> dict[
         with suppress(Enough):
             train(config, model, load_prompts(str(own), "train"), held_out, reward, Path(folder), Judge())
     return {
-        "host": host,
         "exploration": exploration,
         "allocation": allocation,
         "seed": seed,
+        "commit": git("rev-parse", "HEAD"),
         "curve": curve,
         "explored": (explored / explored.sum()).round(4).tolist(),
         "seconds": time.monotonic() - began,
@@ -156,21 +145,22 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     if asked.json and asked.json.exists():
         results = json.loads(asked.json.read_text())["results"]["cells"]
-    done = {(row["host"], row["exploration"], row["allocation"], row["seed"]) for row in results}
+    done = {(row["exploration"], row["allocation"], row["seed"]) for row in results}
     wanted = [
         cell
         for cell in cells(asked.seeds)
-        if cell not in done and (not asked.only or any(word in " / ".join(cell[:3]) for word in asked.only))
+        if cell not in done and (not asked.only or any(word in " / ".join(cell[:2]) for word in asked.only))
     ]
     about = {
         "commit": git("rev-parse", "HEAD"),
         "changed": git("status", "--porcelain", "."),
         "versions": {name: version(name) for name in ("aegpo", "torch", "diffusers", "peft")},
         "settings": {
+            "marks": MARKS,
             "prompts": PROMPTS,
             "common": COMMON,
-            "hosts": HOSTS,
             "exploration": EXPLORATION,
+            "allocation": ALLOCATION,
         },
     }
     with ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn")) as pool:
@@ -179,7 +169,7 @@ def main() -> None:
             results.append(row)
             first, last = row["curve"][0], row["curve"][-1]
             print(
-                f"{row['host']:<4}{row['exploration']:<22}{row['allocation']:<16} seed {row['seed']}: "
+                f"{row['exploration']:<22}{row['allocation']:<16} seed {row['seed']}: "
                 f"{first['reward']:.3f} -> {last['reward']:.3f}, {first['pass']:.1%} -> {last['pass']:.1%} "
                 f"({last['forwards']:,} forwards, {row['seconds']:.0f} s)",
                 flush=True,
@@ -188,71 +178,86 @@ def main() -> None:
                 aside = asked.json.with_suffix(".partial")
                 aside.write_text(json.dumps(about | {"results": {"cells": results}}, indent=1) + "\n")
                 aside.replace(asked.json)
-    for host in HOSTS:
-        Console(width=150).print(table(results, host))
+    Console(width=150).print(table(results))
     if asked.figure:
         draw(results, asked.figure)
 
 
 def gains(results: list[dict[str, Any]], **where: str) -> np.ndarray:
-    """Gain in held-out reward at each mark, of the runs that are so; (runs, marks)."""
+    """Gain in held-out reward at each mark, (seeds, marks): each seed's mean over its runs that are so.
+
+    Runs of one seed share their first weights and the noise they are judged with, so seeds are what is independent.
+    """
     rows = [row for row in results if all(row[name] == value for name, value in where.items())]
-    return np.array([[point["reward"] - row["curve"][0]["reward"] for point in row["curve"][1:]] for row in rows])
+    by_seed = {seed: [row for row in rows if row["seed"] == seed] for seed in dict.fromkeys(r["seed"] for r in rows)}
+    return np.array([np.mean([gain(row) for row in same], axis=0) for same in by_seed.values()])
+
+
+def gain(row: dict[str, Any]) -> list[float]:
+    return [point["reward"] - row["curve"][0]["reward"] for point in row["curve"][1:]]
 
 
 def written(gain: np.ndarray) -> str:
-    """Mean of the last column and its standard error, in hundredths."""
+    """Mean over seeds at the last mark and its standard error, in hundredths."""
     if len(gain) < 2:
         return ""
     last = 100 * gain[:, -1]
     return f"{last.mean():+.1f} ± {last.std(ddof=1) / len(last) ** 0.5:.1f}"
 
 
-def table(results: list[dict[str, Any]], host: str) -> Table:
-    """Gain in hundredths at the last mark: mean and standard error over seeds, and over a whole row or column."""
-    here = [row for row in results if row["host"] == host]
-    names = [name for name in ALLOCATION if any(row["allocation"] == name for row in here)]
-    shown = Table(host, *names, "all", "runs", "explored steps, %")
+def table(results: list[dict[str, Any]]) -> Table:
+    """Gain in hundredths at the last mark, for each pair of rules, and over a whole row or column."""
+    shown = Table("exploration", *ALLOCATION, "all", "evaluations", "explored steps, %")
     for exploration in EXPLORATION:
-        rows = [row for row in here if row["exploration"] == exploration]
+        rows = [row for row in results if row["exploration"] == exploration]
         if rows:
-            cells = (written(gains(rows, allocation=name)) for name in names)
-            explored = 100 * np.mean([row["explored"] for row in rows], axis=0)
-            shares = " ".join(f"{share:.0f}" for share in explored)
-            shown.add_row(exploration, *cells, written(gains(rows)), str(len(rows)), shares)
-    crossed = [row for row in here if row["exploration"] != "H(t), local maxima"]  # which one allocation alone has
-    totals = (written(gains(crossed, allocation=name)) for name in names)
-    shown.add_row("all that are crossed", *totals, written(gains(crossed)), str(len(crossed)), "")
+            cells = (written(gains(rows, allocation=name)) for name in ALLOCATION)
+            spent = np.mean([row["curve"][-1]["forwards"] for row in rows])
+            shares = " ".join(f"{share:.0f}" for share in 100 * np.mean([row["explored"] for row in rows], axis=0))
+            shown.add_row(exploration, *cells, written(gains(rows)), f"{spent:,.0f}", shares)
+    for label, among in (("all that are crossed", crossed(results)), ("those that learn", learning(results))):
+        totals = (written(gains(among, allocation=name)) for name in ALLOCATION)
+        shown.add_row(label, *totals, written(gains(among)), "", "")
     return shown
 
 
+def crossed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the exploration that one allocation alone has."""
+    return [row for row in rows if row["exploration"] != "H(t), local maxima"]
+
+
+def learning(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the explorations that gain two hundredths or more: where nothing is learned, no allocation can show."""
+    learn = {
+        name for name in EXPLORATION if (found := gains(rows, exploration=name)).size and found[:, -1].mean() > 0.02
+    }
+    return [row for row in rows if row["exploration"] in learn]
+
+
 def draw(results: list[dict[str, Any]], path: Path) -> None:
-    """Reward against network evaluations: by exploration, and by allocation among the explorations that learn."""
+    """Reward against network evaluations, with the seeds' standard error: by exploration, and by allocation."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), sharey=True, layout="constrained")
-    cps = [row for row in results if row["host"] == "cps"]
-    learns = [name for name in EXPLORATION if name in {"window, first 4", "H(t) x noise", "reward spread"}]
-    panels = {
-        "by exploration, over all allocations": {name: gains(cps, exploration=name) for name in EXPLORATION},
-        f"by allocation, over {', '.join(learns)}": {
-            name: np.concatenate([gains(cps, exploration=other, allocation=name) for other in learns])
-            for name in ALLOCATION
-        },
-    }
-    for axis, (title, lines) in zip(axes, panels.items(), strict=True):
-        for name, gain in lines.items():
-            gain = np.concatenate([np.zeros((len(gain), 1)), gain], axis=1)
-            mean, error = gain.mean(0), gain.std(0, ddof=1) / len(gain) ** 0.5
-            (line,) = axis.plot((0, *MARKS), mean, marker="o", markersize=3, label=name)
-            axis.fill_between((0, *MARKS), mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
+    rows = crossed(results)
+    panels = (
+        (axes[0], "exploration", rows, "by exploration, over all allocations"),
+        (axes[1], "allocation", learning(rows), "by allocation, over the explorations that learn"),
+    )
+    for axis, kind, among, title in panels:
+        for name in dict.fromkeys(row[kind] for row in among):
+            gained = np.insert(gains(among, **{kind: name}), 0, 0.0, axis=1)
+            mean, error = gained.mean(0), gained.std(0, ddof=1) / len(gained) ** 0.5
+            spent = np.mean([[p["forwards"] for p in row["curve"]] for row in among if row[kind] == name], axis=0)
+            (line,) = axis.plot(spent, mean, marker="o", markersize=3, label=name)
+            axis.fill_between(spent, mean - error, mean + error, color=line.get_color(), alpha=0.15, linewidth=0)
         axis.set(title=title, xlabel="network evaluations spent on training")
         axis.legend(fontsize=8, frameon=False)
     axes[0].set_ylabel("gain in held-out reward")
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
 
 
 if __name__ == "__main__":

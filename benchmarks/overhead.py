@@ -2,10 +2,12 @@
 
 python benchmarks/overhead.py [--json FILE] [--pairs N]
 
-Both do the same plan: rollouts, reward, update. One probes first, and lets rollouts begin where the probe has been; the
-other draws every rollout from its first latent on. They take turns within one run, and what counts is the median ratio
-of a pair. The base policy's entropies are known by then, as they are from a prompt's second visit on; what the first
-visit costs is a row of its own. Peak memory is that of a process that does nothing else.
+Both do the same plan: rollouts, reward, update. One probes first, and lets rollouts begin where the probe has been. The
+other has no trunk: each rollout is drawn from a first latent of its own, which costs what it costs from a shared one. A
+row of its own sets the probe beside a trunk that is walked without reading, as `sampler.shared_noise` does it where no
+rule asks for entropy. Steps take turns within one run, and what counts is the median ratio of a pair. The base policy's
+entropies are known by then, as they are from a prompt's second visit on; what the first visit costs is a row too. Peak
+memory is that of a process that does nothing else.
 """
 
 import argparse
@@ -30,20 +32,22 @@ from aegpo.adapt.plan import make_plan
 from aegpo.config import Config, resolve
 from aegpo.data import draw, load_prompts
 from aegpo.math.advantages import group_advantages
-from aegpo.rollout import collect, probe
+from aegpo.rollout import collect, probe, walk_trunk
 from aegpo.train import update
+from aegpo.types import Plan, Signals
 
 PAPER = {
     "time": 1.11,
     "memory": 1.03,
 }  # FLUX.1-dev on DanceGRPO: 469 -> 521 s a step, 33.5 -> 34.5 GB (arXiv 2602.06825)
+MAIN = ("aegpo-paper", "aegpo-paper, trunk shared")  # the rows that are compared with the paper's
 COMMON = {"allocation": {"rule": "median_split"}, "optimizer": {"micro_batch": 96}}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "peaks of H(t)": {"algorithm": "aegpo-paper"},
-    "peaks of H(t), trunk shared": {"algorithm": "aegpo-paper", "sampler": {"shared_noise": True}},
-    "the default": {"algorithm": "aegpo"},
-    "the default, trunk shared": {"algorithm": "aegpo", "sampler": {"shared_noise": True}},
-    "matching (the demo)": {
+    "aegpo-paper": {"algorithm": "aegpo-paper"},
+    "aegpo-paper, trunk shared": {"algorithm": "aegpo-paper", "sampler": {"shared_noise": True}},
+    "aegpo": {"algorithm": "aegpo"},
+    "aegpo, trunk shared": {"algorithm": "aegpo", "sampler": {"shared_noise": True}},
+    "matching, all weights": {
         "sampler": {"kind": "awm"},
         "exploration": {"rule": "random"},
         "model": {"train": "full"},
@@ -56,7 +60,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 class Step:
     """A training step that can be taken again and again, with and without the probe."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, plan: Plan | None = None) -> None:
         self.config: Config = resolve(COMMON, SETTINGS[name])
         self.model = models.load(self.config.model)
         self.reward = rewards.load("world")
@@ -64,21 +68,30 @@ class Step:
         self.conditions = self.model.encode([prompt.text for prompt in self.batch])
         self.memory = Memory()
         self.optimizer = torch.optim.AdamW(self.model.trainable.values(), lr=1e-6)
+        self.plan = self.made() if plan is None else plan
+
+    def made(self) -> Plan:
+        """The plan that the probe gives once the prompts have moved, each by its own."""
         signals, _ = self.probe()
-        with torch.no_grad():  # so that the prompts have moved, each by its own
-            signals.entropy[:] += 0.01 * torch.arange(len(self.batch))[:, None]
-        sigmas = self.model.sigmas(self.config.sampler.steps)
-        self.plan = make_plan(self.config, self.batch, signals, self.memory, sigmas, 0)
+        moved = Signals(signals.entropy + 0.01 * torch.arange(len(self.batch))[:, None], signals.base_entropy)
+        return make_plan(self.config, self.batch, moved, self.memory, self.model.sigmas(self.config.sampler.steps), 0)
 
     def probe(self) -> Any:
         return probe(self.model, self.batch, self.conditions, self.config, 0, self.memory)
 
-    def take(self, probed: bool, first_visit: bool = False) -> tuple[float, int]:
+    def take(self, how: str) -> tuple[float, int]:
         """Seconds, and network evaluations x samples."""
         began, before = time.perf_counter(), self.model.forwards
-        if first_visit:
-            self.memory = Memory()
-        trunk = self.probe()[1] if probed else None
+        match how:
+            case "probed":
+                trunk = self.probe()[1]
+            case "first visit":
+                self.memory = Memory()
+                trunk = self.probe()[1]
+            case "walked":
+                trunk = walk_trunk(self.model, self.batch, self.conditions, self.plan, self.config, 0)
+            case _:
+                trunk = None
         drawn = collect(self.model, self.batch, self.conditions, self.plan, self.config, 0, trunk)
         asked = [self.batch[i] for i in drawn.group.tolist()]
         judged = self.reward(drawn.images, [p.text for p in asked], [p.metadata for p in asked])
@@ -98,36 +111,35 @@ class Silent:
     def step(self, metrics: dict[str, Any]) -> None: ...
 
 
-def pairs(name: str, count: int, first_visit: bool = False) -> dict[str, Any]:
+def pairs(name: str, count: int, one: str = "probed", other: str = "plain") -> dict[str, Any]:
     """Ratios of so many pairs, each in the other order than the one before; a pair for warming up comes first."""
-    step, ratios, forwards = Step(name), [], (0, 0)
+    step, ratios, forwards = Step(name), [], [0, 0]
     for i in range(count + 1):
-        order = (True, False) if i % 2 else (False, True)
-        taken = {probed: step.take(probed, first_visit and probed) for probed in order}
-        forwards = tuple(taken[probed][1] for probed in (True, False))
-        ratios.append(taken[True][0] / taken[False][0])
+        taken = {how: step.take(how) for how in ((one, other) if i % 2 else (other, one))}
+        forwards = [taken[one][1], taken[other][1]]
+        ratios.append(taken[one][0] / taken[other][0])
     low, median, high = np.quantile(ratios[1:], [0.25, 0.5, 0.75])
     return {
         "time_ratio": median,
         "quartiles": [low, high],
+        "pairs": count,
         "forwards_ratio": forwards[0] / forwards[1],
-        "forwards": list(forwards),
+        "forwards": forwards,
         "first_explored_steps": step.plan.leaves.tolist(),
     }
 
 
-def peak(name: str, probed: bool) -> float:
+def peak(name: str, how: str, plan: Plan) -> float:
     """Peak memory in MB of a process of its own that takes two steps."""
-    words = [sys.executable, __file__, "--peak", name, *(["--probed"] if probed else [])]
+    given = json.dumps({"rollouts": plan.rollouts.tolist(), "explored": plan.explored.tolist()})
+    words = [sys.executable, __file__, "--peak", name, how, given]
     return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
-def measure_peak(name: str, probed: bool) -> float:
-    step = Step(name)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def measure_peak(name: str, how: str, given: str) -> float:
+    step = Step(name, Plan(**{key: torch.tensor(value) for key, value in json.loads(given).items()}))
     for _ in range(2):
-        step.take(probed)
+        step.take(how)
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -136,40 +148,41 @@ def measure_peak(name: str, probed: bool) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--pairs", type=int, default=11)
-    parser.add_argument("--peak", choices=SETTINGS, help=argparse.SUPPRESS)
-    parser.add_argument("--probed", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--pairs", type=int, default=11, help="of the rows beside the paper's; others have 5")
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.peak:
-        print(measure_peak(asked.peak, asked.probed))
+        print(measure_peak(*asked.peak))
         return
     code = {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain", ".")}
-    rows = {name: pairs(name, asked.pairs) for name in SETTINGS}
-    rows["peaks of H(t), first visit"] = pairs("peaks of H(t)", asked.pairs, first_visit=True)
-    peaks = {probed: float(np.median([peak("peaks of H(t)", probed) for _ in range(3)])) for probed in (True, False)}
+    rows = {name: pairs(name, asked.pairs if name in MAIN else 5) for name in SETTINGS}
+    rows["aegpo-paper, trunk shared, beside a walked one"] = pairs("aegpo-paper, trunk shared", 5, other="walked")
+    rows["aegpo-paper, first visit"] = pairs("aegpo-paper", 5, one="first visit")
+    plan = Step("aegpo-paper").plan
+    peaks = {how: float(np.median([peak("aegpo-paper", how, plan) for _ in range(3)])) for how in ("probed", "plain")}
     results = {
-        "time_ratio_rows": rows["peaks of H(t)"]["time_ratio"],
-        "time_ratio_trunk": rows["peaks of H(t), trunk shared"]["time_ratio"],
-        "memory_ratio": peaks[True] / peaks[False],
-        "peak_mb": [peaks[True], peaks[False]],
+        "time_ratio_rows": rows["aegpo-paper"]["time_ratio"],
+        "time_ratio_trunk": rows["aegpo-paper, trunk shared"]["time_ratio"],
+        "memory_ratio": peaks["probed"] / peaks["plain"],
+        "peak_mb": peaks,
         "paper": PAPER,
-        "settings": rows,
+        "rows": rows,
     }
-    table = Table("setting", "time with / without", "quartiles", "evaluations with / without", "rollouts leave at step")
+    table = Table("step", "time with / without", "quartiles", "evaluations with / without", "rollouts leave at step")
     for name, row in rows.items():
         leaves = " ".join(map(str, row["first_explored_steps"]))
         low, high = row["quartiles"]
         table.add_row(name, f"{row['time_ratio']:.3f}", f"{low:.3f} {high:.3f}", f"{row['forwards_ratio']:.3f}", leaves)
-    table.add_row("the paper's, FLUX.1-dev", f"{PAPER['time']:.2f}", "", "", "")
-    Console(width=120).print(table)
-    print(f"peak memory with / without: {peaks[True]:.0f} / {peaks[False]:.0f} MB = {results['memory_ratio']:.4f}")
-    print(f"the paper's: {PAPER['memory']:.2f}")
+    table.add_row("the paper's own, FLUX.1-dev", f"{PAPER['time']:.2f}", "", "", "")
+    Console(width=130).print(table)
+    print(f"peak memory {peaks['probed']:.0f} / {peaks['plain']:.0f} MB = {results['memory_ratio']:.4f}", end="; ")
+    print(f"the paper's own: {PAPER['memory']:.2f}")
     if asked.json:
         versions = {name: version(name) for name in ("aegpo", "torch", "diffusers", "peft")}
         device = (
             torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads"
         )
-        about = code | {"versions": versions, "settings": {"common": COMMON, "device": device, "pairs": asked.pairs}}
+        about = code | {"versions": versions, "settings": {"common": COMMON, "device": device}}
         asked.json.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
 
 

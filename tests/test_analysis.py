@@ -171,14 +171,27 @@ def test_the_curves_are_the_probes_and_the_samplers(model):
     assert torch.equal(readings["entropy_times_noise"], readings["entropy"] * cps)
 
 
+def moved_policy(train="lora"):
+    model = models.load(Model(train=train))
+    with torch.no_grad():
+        for i, weights in enumerate(model.trainable.values()):
+            weights += 0.02 * torch.randn(weights.shape, generator=torch.Generator().manual_seed(i))
+    return model
+
+
+def test_the_change_of_entropy_over_steps_has_no_sign():
+    config, model = Config(sampler=Sampler(steps=4)), moved_policy()
+    readings, _ = read_entropy(config, model, PROMPTS, moved=True)
+    signals, _ = probe(model, PROMPTS, model.encode([p.text for p in PROMPTS]), config, 0, Memory())
+    change = signals.entropy - signals.base_entropy
+    assert change.min() < 0 < change.max()
+    assert torch.equal(readings["delta_entropy"], change.abs())
+
+
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_step_0_is_the_base_whatever_the_policy_has_become(model, train):
     config = Config(sampler=Sampler(steps=3), eval_images=2)
-    moved = models.load(Model(train=train))
-    with torch.no_grad():
-        for weights in moved.trainable.values():
-            weights += 0.02
-    [base], [fresh] = (follow(config, one, PROMPTS, brightness, []) for one in (moved, model))
+    [base], [fresh] = (follow(config, one, PROMPTS, brightness, []) for one in (moved_policy(train), model))
     torch.testing.assert_close(base.entropy, fresh.entropy)
     np.testing.assert_allclose(base.reward, fresh.reward, rtol=1e-3)
 

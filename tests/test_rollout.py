@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from aegpo import models, rewards
+from aegpo.adapt import memory as memories
 from aegpo.adapt.memory import Memory
 from aegpo.config import Config, Loss, Model, Optimizer, Probe, Sampler
 from aegpo.math.transitions import transition
 from aegpo.models.probe import AttentionProbe
-from aegpo.rollout import collect, denoise, draw, entropy_curves, noise, probe, reward_spread, walk_trunk
+from aegpo.rollout import SPREAD, collect, denoise, draw, entropy_curves, noise, probe, reward_spread, walk_trunk
 from aegpo.train import objective
 from aegpo.types import Judgement, Plan, Prompt
 
@@ -300,6 +301,17 @@ def test_visits_take_turns_with_a_prompts_noises_and_the_base_is_probed_once_for
     assert sorted(memory.base_entropy) == [(i, n) for i in (4, 9, 11) for n in (0, 1)]
 
 
+def test_a_memory_too_small_for_a_batch_only_costs_more_probes(model, monkeypatch):
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    expected, _ = probe(model, PROMPTS, conditions, settings(), 0, Memory())
+    monkeypatch.setattr(memories, "REMEMBERED", 2)
+    memory = Memory()
+    for _ in range(2):
+        signals, _ = probe(model, PROMPTS, conditions, settings(), 0, memory)
+        torch.testing.assert_close(signals.base_entropy, expected.base_entropy, atol=1e-5, rtol=0)
+    assert len(memory.base_entropy) == 2
+
+
 def test_every_step_of_a_curve_is_that_steps_own_attention():
     """The trajectory walked by hand, each step's attention read on its own: no layer or step changes places."""
     model = models.load(Model())
@@ -470,10 +482,17 @@ def test_the_spread_of_reward_is_measured_step_by_step(model):
     for step in range(3):
         each = Plan(torch.tensor([6, 6, 6]), torch.eye(4, dtype=torch.bool)[step].expand(3, 4))
         trunk = walk_trunk(model, PROMPTS, conditions, each, shared, 0)
-        drawn = collect(model, PROMPTS, conditions, each, shared, 5, trunk)
+        drawn = collect(model, PROMPTS, conditions, each, shared, 5, trunk, purpose=SPREAD)
         groups = drawn.images.mean((1, 2, 3)).reshape(3, 6)
         assert spread[step].item() == pytest.approx(groups.std(1).mean(), rel=1e-3)
     assert spread[3] == 0
+
+
+def test_what_is_measured_and_what_is_trained_have_different_noise(model):
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    measured = collect(model, PROMPTS, conditions, plan(), settings(), 3, purpose=SPREAD)
+    trained = collect(model, PROMPTS, conditions, plan(), settings(), 3)
+    assert not (measured.images == trained.images).all((1, 2, 3)).any()
 
 
 def test_in_the_world_it_is_the_early_steps_whose_exploration_spreads_the_reward(model):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from aegpo import build, checkpoint, evaluation, logbook, models, train, world
+from aegpo.adapt.memory import Memory
 from aegpo.cli import main
 from aegpo.config import Config, dump_yaml, load_yaml, resolve
-from aegpo.rollout import draw
+from aegpo.rollout import draw, walk_trunk
 from aegpo.train import learning_rate, objective, update
 from aegpo.types import Judgement, Plan, Prompt, Signals, Transitions
 
@@ -69,6 +71,7 @@ def metrics(run, without=("seconds",)):
     "changes",
     [
         {},
+        {"algorithm": "aegpo-paper", "allocation": {"low": 3, "high": 7}, "exploration": {"k": 2}},
         {"algorithm": "flow-grpo"},
         {"model": {"train": "full"}, "optimizer": {"ema": 0.5, "ema_every": 1}},
         {"exploration": {"rule": "delta_entropy_peaks"}, "sampler": {"guidance": 2.0}},
@@ -86,7 +89,7 @@ def metrics(run, without=("seconds",)):
             "prompts": {"train": FEW},
         },
     ],
-    ids=["aegpo", "flow-grpo", "full-ema", "guided", "matching", "rewards-decide", "smoothed"],
+    ids=["aegpo", "aegpo-paper", "flow-grpo", "full-ema", "guided", "matching", "rewards-decide", "smoothed"],
 )
 def test_two_runs_are_the_same_to_the_bit_and_so_is_one_that_was_resumed(tmp_path, changes):
     build.run(config(tmp_path, "one", **changes))
@@ -692,3 +695,77 @@ def test_two_updates_share_the_rows_between_them(rows):
         update(settings, model, Recorder(model.trainable.values(), lr=0.0), full, conditions, 0, Quiet())
     whole, one, other = seen
     torch.testing.assert_close((one + other) / 2, whole, atol=1e-7, rtol=1e-4)
+
+
+# ---------------------------------------------------------------- what the loop asks of the rooms
+
+
+def test_the_loop_measures_when_it_is_due_and_remembers_what_it_saw(tmp_path, monkeypatch):
+    """Twelve steps over three prompts, two a step: an epoch is one step. Every call and what it was given."""
+    spreads, walks, seen = [], [], []
+
+    def spread(model, prompts, conditions, reward, config, step, visit, trunk=None):
+        spreads.append((step, visit, trunk is None))
+        return torch.arange(4.0, dtype=torch.float64).flip(0)
+
+    def walk(model, prompts, conditions, plan, config, visit):
+        walks.append(visit)
+        return walk_trunk(model, prompts, conditions, plan, config, visit)
+
+    class Watched(Memory):
+        def visit(self, prompts, values, smoothing):
+            seen.append((prompts, values.tolist(), smoothing))
+            return super().visit(prompts, values, smoothing)
+
+    monkeypatch.setattr(train, "reward_spread", spread)
+    monkeypatch.setattr(train, "walk_trunk", walk)
+    monkeypatch.setattr(train, "Memory", Watched)
+    own = config(
+        tmp_path,
+        steps=12,
+        prompts={"train": FEW},
+        reward=brightness(tmp_path),
+        sampler={"kind": "cps", "shared_noise": True},
+        allocation={"rule": "reward_variance", "smoothing": 0.25},
+        exploration={"rule": "reward_spread", "k": 2},
+        eval_every=0,
+        save_every=12,
+    )
+    build.run(own)
+    assert spreads == [(0, 0, True), (10, 10, True)]
+    assert walks == list(range(12))
+    lines = metrics(tmp_path / "run")[1:]
+    assert all(line["explored_steps"][2:] == [0, 0] for line in lines)
+    assert [smoothing for *_, smoothing in seen] == [0.25] * 12
+    assert all(len(prompts) == len(values) == 2 and min(values) > 0 for prompts, values, _ in seen)
+
+
+def test_a_prompts_spread_of_reward_is_that_of_its_own_group_whatever_its_size(tmp_path, monkeypatch):
+    """Pictures of group i score i times their place: spreads are the unbiased deviations, by hand."""
+    seen = []
+
+    class Watched(Memory):
+        def visit(self, prompts, values, smoothing):
+            seen.append(values.tolist())
+            return super().visit(prompts, values, smoothing)
+
+    def score(images, prompts, metadata):
+        group = np.cumsum([0] + [a != b for a, b in pairwise(prompts)])
+        place = np.concatenate([np.arange(n) for n in np.bincount(group)])
+        return Judgement((place * (1 + group)).astype(np.float32))
+
+    monkeypatch.setattr(train, "Memory", Watched)
+    own = config(tmp_path, steps=1, allocation={"rule": "reward_variance"}, exploration={"rule": "window", "k": 1})
+    model = models.load(own.model)
+    prompts = [Prompt(i, text, {}) for i, text in enumerate(("a red circle", "two squares"))]
+    (tmp_path / "run").mkdir()
+    train.train(own, model, prompts, prompts, score, tmp_path / "run", Quiet())
+    deviation = float(np.std(np.arange(own.rollouts_per_step // 2), ddof=1))
+    assert seen == [pytest.approx([deviation, 2 * deviation])]
+
+
+def test_a_run_that_did_not_measure_the_spread_can_go_on_by_it(tmp_path):
+    build.run(config(tmp_path, steps=2))
+    changed = config(tmp_path, steps=3, exploration={"rule": "reward_spread", "k": 2})
+    build.run(changed, resume="latest")
+    assert metrics(tmp_path / "run")[-1]["step"] == 3

@@ -115,7 +115,7 @@ class Probe:
     normalise: Switch = False
     """Divide by the logarithm of the number of keys, so that layers of different length weigh alike."""
     noises: Count = 1
-    """First noises that a prompt's visits take in turn: the base policy is probed once for each."""
+    """First noises that a prompt's visits take in turn, one an epoch: the base policy is probed once for each."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -133,7 +133,7 @@ class Allocation:
     relative: Switch = False
     """Take the move of entropy as a share of the base's entropy."""
     smoothing: Fraction = 0.0
-    """Weight of a prompt's earlier visits in its signal; 0: only the newest counts."""
+    """Weight of a prompt's earlier visits in its signal, an exponential average; 0: only the newest counts."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -368,12 +368,19 @@ def _check_budget(config: Config) -> None:
             "sampler.shared_noise: rollouts of sampler.kind awm differ by their first noise alone, so it cannot be "
             "shared; leave it false, or choose flow_sde, dance_sde or cps"
         )
-    if config.sampler.kind == "awm" and config.exploration.rule == "reward_spread":
+    by_noise = config.exploration.rule in ("policy_noise", "reward_spread") or (
+        config.exploration.rule == "entropy_peaks" and config.exploration.reading == "times_noise"
+    )
+    if config.sampler.kind == "awm" and by_noise:
         raise ValueError(
-            "exploration.rule: reward_spread explores step by step with a sampler's noise, and sampler.kind awm has "
-            "none; choose another rule, or flow_sde, dance_sde or cps"
+            f"exploration.rule: {config.exploration.rule} goes by a sampler's noise here, and sampler.kind awm has "
+            "none; choose another rule or reading, or flow_sde, dance_sde or cps"
         )
-    if config.exploration.reading == "above_batch" and config.exploration.per == "batch":
+    if (config.exploration.rule, config.exploration.reading, config.exploration.per) == (
+        "entropy_peaks",
+        "above_batch",
+        "batch",
+    ):
         raise ValueError(
             "exploration.reading: above_batch compares a prompt with the step's others; exploration.per must be prompt"
         )

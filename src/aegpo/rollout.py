@@ -19,7 +19,7 @@ from aegpo.models.probe import AttentionProbe
 from aegpo.rewards import Reward
 from aegpo.types import Conditions, Plan, Prompt, Rollouts, Signals, Transitions, Trunk
 
-ROLLOUT, TRUNK, EVALUATION = 0, 1, 2  # what noise is for: the first number of its key
+ROLLOUT, TRUNK, EVALUATION, SPREAD = 0, 1, 2, 6  # what noise is for: the first number of its key
 
 
 def noise(shape: tuple[int, ...], *key: int) -> Tensor:
@@ -52,7 +52,7 @@ def probe(
         prompts: of the step.
         conditions: the encoded prompts.
         config: a resolved config.
-        visit: how often the prompts were visited before, which says from which of their own noises they start.
+        visit: how often all prompts were gone through before, which says from which of their own noises these start.
         memory: its `base_entropy` is read, and filled at the first visit of a prompt and its noise.
 
     Returns:
@@ -60,12 +60,13 @@ def probe(
     """
     number = visit % config.probe.noises
     keys = [(prompt.id, number) for prompt in prompts]
-    new = [i for i, key in enumerate(keys) if key not in memory.base_entropy]
+    new, fresh = [i for i, key in enumerate(keys) if key not in memory.base_entropy], {}
     if new:
         with model.reference():
             curves, _ = entropy_curves(model, [prompts[i] for i in new], conditions[torch.tensor(new)], config, visit)
-        memory.add_base_entropy([keys[i] for i in new], curves.mean(0))
-    base = torch.stack([memory.base_entropy[key] for key in keys])
+        fresh = dict(zip([keys[i] for i in new], curves.mean(0), strict=True))
+    base = torch.stack([fresh[key] if key in fresh else memory.base_entropy[key] for key in keys])
+    memory.add_base_entropy(fresh)
     curves, trunk = entropy_curves(model, prompts, conditions, config, visit)
     return Signals(curves.mean(0), base), trunk
 
@@ -113,6 +114,7 @@ def collect(
     step: int,
     trunk: Trunk | None = None,
     progress: Callable[[int], None] = lambda _: None,
+    purpose: int = ROLLOUT,
 ) -> Rollouts:
     """Draw the rollouts that the plan asks for, and keep what they explored.
 
@@ -129,6 +131,7 @@ def collect(
         step: of the training, a part of every noise's key.
         trunk: the prompts' noiseless trajectories, at least to where rollouts leave them.
         progress: told how many more of the n N denoising steps are done.
+        purpose: what the rollouts are for, a part of every noise's key too.
 
     Returns:
         The images, in the order of `plan.group`, and what was explored.
@@ -136,7 +139,7 @@ def collect(
     sampler, most = config.sampler, config.optimizer.micro_batch
     prompt, matching = plan.group, config.sampler.kind == "awm"
     names = [(p, i) for p, count in enumerate(plan.rollouts.tolist()) for i in range(count)]
-    keys = [(ROLLOUT, config.seed, step, prompts[p].id, i) for p, i in names]
+    keys = [(purpose, config.seed, step, prompts[p].id, i) for p, i in names]
     fresh = partial(_noise_of_step, model.latent_shape, keys)
     explored = plan.explored[prompt]
 
@@ -215,7 +218,7 @@ def reward_spread(
     owner = torch.arange(few).repeat_interleave(steps - 1)  # every prompt once for each step
     plan = Plan(torch.full_like(owner, SPREAD_ROLLOUTS), each.repeat(few, 1))
     asked = [prompts[i] for i in owner.tolist()]
-    drawn = collect(model, asked, conditions[owner], plan, shared, step, trunk[owner])
+    drawn = collect(model, asked, conditions[owner], plan, shared, step, trunk[owner], purpose=SPREAD)
     judged = [asked[i] for i in drawn.group.tolist()]
     scores = reward(drawn.images, [prompt.text for prompt in judged], [prompt.metadata for prompt in judged]).score
     spread = torch.from_numpy(scores).double().reshape(few, steps - 1, SPREAD_ROLLOUTS).std(2, correction=0).mean(0)

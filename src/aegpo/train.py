@@ -122,7 +122,8 @@ def train(
         signals, trunk = None, None
         if needs_probe(config):
             signals, trunk = probe(model, batch, conditions, config, visit, memory)
-        if config.exploration.rule == "reward_spread" and step % SPREAD_EVERY == 0:
+        due = step % SPREAD_EVERY == 0 or memory.reward_spread is None
+        if config.exploration.rule == "reward_spread" and due:
             memory.reward_spread = reward_spread(model, batch, conditions, reward, config, step, visit, trunk)
         plan = make_plan(config, batch, signals, memory, model.sigmas(config.sampler.steps), step)
         if config.sampler.shared_noise and trunk is None:
@@ -135,7 +136,9 @@ def train(
         scores, how = torch.from_numpy(judged.score), config.advantage
         advantage = group_advantages(scores, rollouts.group, std=how.std, eps=how.eps, clip=how.clip)
         if config.allocation.rule == "reward_variance":
-            spread = torch.stack([scores[rollouts.group == i].std(correction=0) for i in range(len(batch))])
+            spread = torch.stack(
+                [scores[rollouts.group == i].std() for i in range(len(batch))]
+            )  # groups differ in size
             memory.visit([prompt.id for prompt in batch], spread, config.allocation.smoothing)
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(config, step)

@@ -53,8 +53,10 @@ class Signals:
 
     @property
     def delta_entropy(self) -> Tensor:
-        """|mean_t H_theta - mean_t H_base|, float64 (P,)."""
-        return (self.entropy.mean(1) - self.base_entropy.mean(1)).abs()
+        """|mean_t H_theta - mean_t H_base|, float64 (P,); 0 where it is no more than float32's rounding of them."""
+        base = self.base_entropy.mean(1)
+        moved = (self.entropy.mean(1) - base).abs()
+        return moved.where(moved > 1e-6 * base, 0.0)
 
     @property
     def relative_delta_entropy(self) -> Tensor:

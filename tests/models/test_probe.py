@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention import AttentionModuleMixin
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from torch.utils.checkpoint import checkpoint
 
@@ -332,28 +332,114 @@ def test_what_cannot_be_read_is_said(network):
         run(network, inputs)
 
 
-def test_text_joined_to_the_image_before_attention_is_said_and_all_tokens_can_be_read(monkeypatch):
-    """Self-attention over tokens that someone has joined outside, as Lumina and Z-Image do it."""
+class Layers(torch.nn.Module):
+    """Attention layers one after the other, given what `told` says: a network of a kind of its own."""
 
-    class Joined(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attn = Attention(8, heads=2, dim_head=4)
+    def __init__(self, told, **options):
+        super().__init__()
+        self.told, self.attn = told, Attention(8, heads=2, dim_head=4, **options)
 
-        def forward(self, hidden_states, encoder_hidden_states):
-            return self.attn(torch.cat([hidden_states, encoder_hidden_states], 1))
+    def forward(self, hidden_states, encoder_hidden_states):
+        return self.told(self.attn, hidden_states, encoder_hidden_states)
 
-    network = Joined()
-    given = {"hidden_states": torch.randn(1, 16, 8), "encoder_hidden_states": torch.randn(1, 5, 8)}
+
+GIVEN = {"hidden_states": torch.randn(1, 16, 8), "encoder_hidden_states": torch.randn(1, 5, 8)}
+
+
+def joined_outside(attn, image, text):  # as Z-Image does it
+    return attn(torch.cat([image, text], 1))
+
+
+def joined_and_given_twice(attn, image, text):  # as Lumina does it
+    both = torch.cat([image, text], 1)
+    return attn(both, encoder_hidden_states=both)
+
+
+def refined_first(attn, image, text):  # as HunyuanVideo does it: the text looks at itself
+    return attn(image, encoder_hidden_states=text) + attn(text).mean()
+
+
+@pytest.mark.parametrize("told", [joined_outside, joined_and_given_twice, refined_first])
+def test_tokens_that_nothing_shows_to_be_the_images_are_not_taken_for_them(told, monkeypatch):
+    network = Layers(told)
     with torch.no_grad(), AttentionProbe(network) as probe:
-        network(**given)
-    with pytest.raises(ValueError, match="Joined joins image and text tokens before its attention layers"):
+        network(**GIVEN)
+    with pytest.raises(
+        ValueError, match=r"nothing in Layers shows that the \d+ tokens of attn are the image's; .* all"
+    ):
         probe.entropy()
     with torch.no_grad(), AttentionProbe(network, queries="all") as probe:
-        network(**given)
+        network(**GIVEN)
     calls = calls_of_attention(monkeypatch)
-    network(**given)
-    torch.testing.assert_close(probe.entropy()[0].double(), entropy64(*calls[0][:2]).mean((1, 2)), atol=1e-5, rtol=0)
+    network(**GIVEN)
+    expected = torch.stack([entropy64(q, k).mean((1, 2)) for q, k, _ in calls])
+    torch.testing.assert_close(probe.entropy().double(), expected, atol=1e-5, rtol=0)
+
+
+class Twice(AttnProcessor2_0):
+    """As for an image prompt beside the text."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, **_):
+        return super().__call__(attn, hidden_states, encoder_hidden_states) + super().__call__(attn, hidden_states)
+
+
+class SampleBySample(AttnProcessor2_0):
+    """As Mochi does it, to leave padding out."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states, **_):
+        pairs = zip(hidden_states.split(1), encoder_hidden_states.split(1), strict=True)
+        return torch.cat([AttnProcessor2_0()(attn, *pair) for pair in pairs])
+
+
+@pytest.mark.parametrize("processor", [Twice(), SampleBySample()])
+def test_a_layer_that_attends_more_than_once_is_refused(processor):
+    network = Layers(lambda attn, image, text: attn(image, encoder_hidden_states=text), processor=processor)
+    given = {name: tokens.expand(2, -1, -1) for name, tokens in GIVEN.items()}
+    with pytest.raises(ValueError, match="attn attends more than once, or sample by sample"), AttentionProbe(network):
+        network(**given)
+
+
+def test_nothing_of_a_probe_is_left_when_it_ends_or_fails():
+    network = Layers(lambda attn, image, text: attn(image, encoder_hidden_states=text))
+    backends = dict(_AttentionBackendRegistry._backends)
+    with AttentionProbe(network) as probe:
+        network(**GIVEN)
+        assert _AttentionBackendRegistry._backends != backends
+        assert network.attn._forward_pre_hooks and network.attn._forward_hooks
+    for error in (None, ZeroDivisionError):
+        if error:
+            with pytest.raises(error), AttentionProbe(network) as probe:
+                network.attn.register_forward_pre_hook(lambda *_: 1 / 0)
+                network(**GIVEN)
+            network.attn._forward_pre_hooks.clear()
+        assert _AttentionBackendRegistry._backends == backends
+        assert not network.attn._forward_pre_hooks and not network.attn._forward_hooks
+        F.scaled_dot_product_attention(*[torch.randn(1, 2, 5, 4)] * 3)
+        assert len(probe._read) == (error is None)
+
+
+@pytest.mark.parametrize("backend", ["native", "flex"])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_mask_of_keys_at_the_dispatcher_is_each_samples_own(backend):
+    """(B, keys), as some backends take it, is not (queries, keys), though both are two numbers."""
+
+    class Dispatched:
+        _attention_backend = None
+
+        def __call__(self, attn, hidden_states, **_):
+            q, k, v = (
+                x.unflatten(2, (2, 4)) for x in (attn.to_q(hidden_states), attn.to_k(hidden_states), hidden_states)
+            )
+            return dispatch_attention_fn(q, k, v, attn_mask=seen, backend=backend).flatten(2)
+
+    seen = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    network = torch.nn.Sequential(Attention(8, heads=2, dim_head=4, processor=Dispatched()))
+    hidden = torch.randn(2, 6, 8)
+    with torch.no_grad(), AttentionProbe(network, queries="all") as probe:
+        network(hidden)
+        q, k = (f(hidden).unflatten(2, (2, 4)).transpose(1, 2) for f in (network[0].to_q, network[0].to_k))
+    expected = entropy64(q, k, mask=seen[:, None, None]).mean((1, 2))
+    torch.testing.assert_close(probe.entropy()[0].double(), expected, atol=1e-5, rtol=0)
 
 
 def test_scale_causal_masks_and_grouped_heads_are_read_as_torch_takes_them():
@@ -376,7 +462,7 @@ def test_scale_causal_masks_and_grouped_heads_are_read_as_torch_takes_them():
         ({"enable_gqa": True, "attn_mask": bias}, entropy_of(q.double() @ wide.double().mT * 8**-0.5 + bias)),
     ):
         options = given
-        with AttentionProbe(network) as probe:
+        with AttentionProbe(network, queries="all") as probe:
             network(torch.zeros(1, 6, 8))
         torch.testing.assert_close(probe.entropy()[0].double(), expected.mean((1, 2)), atol=1e-5, rtol=0)
 

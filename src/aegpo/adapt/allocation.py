@@ -88,7 +88,8 @@ def _proportional(signal: list[float], total: int) -> list[int]:
     weights = {i: Fraction(value) for i, value in enumerate(signal)}  # exact: no rounding can break the budget
     while True:
         budget = total - SMALLEST_GROUP * (len(signal) - len(weights))
-        shares = {i: budget * weight / sum(weights.values()) for i, weight in weights.items()}
+        whole = sum(weights.values())
+        shares = {i: budget * weight / whole for i, weight in weights.items()}
         enough = {i: weight for i, weight in weights.items() if shares[i] >= SMALLEST_GROUP}
         if len(enough) == len(weights):
             break

@@ -31,17 +31,16 @@ def explore(
     * `entropy_peaks`: the k steps of highest entropy (AEGPO, arXiv 2602.06825).
     * `delta_entropy_peaks`: the k steps where the change of entropy since the base policy is largest in size; the
       caller passes that change, signed or not, as `entropy`. Before the first update it is 0 everywhere, and the k
-      first steps are taken: a sampler's noise falls along the trajectory, so the first steps are where rollouts
-      differ most.
+      first steps are taken, from which exploring spreads rollouts most.
     * `policy_noise`: the k steps at which the sampler's own noise is largest (E-GRPO, whose entropy of a Gaussian step,
       `ln(2 pi e std^2) / 2`, ranks them alike). The caller passes the standard deviations as `entropy`.
     * `reward_spread`: the k steps from which exploring, alone, spreads the rewards of a group most. The caller passes
       that measured spread as `entropy`.
 
     The last four are the peaks of a curve. Steps are taken highest first, equal ones by index. With `local_maxima`
-    those that no neighbour tops come first (of a plateau, its first step), and others only where there are fewer than
-    k. With `min_distance` above 1 a step too near to one already taken is passed over, and so is one that would leave
-    no room for k of them.
+    those that no neighbour tops come first (of a plateau, its first step; the last step, if it may not be chosen, is no
+    neighbour), and others only where there are fewer than k. With `min_distance` above 1 a step too near to one already
+    taken is passed over, and so is one that would leave no room for k of them.
 
     Args:
         entropy: (P, N), float: one row a prompt, one column a denoising step, first step first. The rules `all`,

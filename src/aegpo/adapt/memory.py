@@ -16,7 +16,7 @@ class Memory:
     Attributes:
         base_entropy: by prompt id and the number of its noise: float64 (N,), entropy under the base policy, which never
             changes. The oldest make room beyond `REMEMBERED`.
-        signal: by prompt id: the running mean, over its visits, of what allocation goes by.
+        signal: by prompt id: the exponential average, over its visits, of what allocation goes by.
         reward_spread: float64 (N,), how far exploring each step alone spread the rewards when last measured, or none.
     """
 
@@ -24,20 +24,20 @@ class Memory:
     signal: dict[int, float] = field(default_factory=dict)
     reward_spread: Tensor | None = None
 
-    def add_base_entropy(self, keys: Sequence[tuple[int, int]], curves: Tensor) -> None:
-        """Keep the base's curves, float64 (len(keys), N)."""
-        self.base_entropy.update(zip(keys, curves, strict=True))
-        for key in list(self.base_entropy)[: len(self.base_entropy) - REMEMBERED]:
+    def add_base_entropy(self, curves: Mapping[tuple[int, int], Tensor]) -> None:
+        """Keep more of the base's curves."""
+        self.base_entropy.update(curves)
+        for key in list(self.base_entropy)[: max(0, len(self.base_entropy) - REMEMBERED)]:
             del self.base_entropy[key]
 
     def visit(self, prompts: Sequence[int], values: Tensor, smoothing: float) -> Tensor:
-        """Fold a visit's values, (P,), into the prompts' running means and return those; `smoothing` weighs the old."""
+        """Fold a visit's values, (P,), into the prompts' averages and return those; `smoothing` weighs the old."""
         for prompt, value in zip(prompts, values.tolist(), strict=True):
             self.signal[prompt] = smoothing * self.signal.get(prompt, float(value)) + (1 - smoothing) * value
         return self.recall(prompts)
 
     def recall(self, prompts: Sequence[int]) -> Tensor:
-        """The prompts' running means, float64 (P,); for one never visited, the mean of the others' (0 without any)."""
+        """The prompts' averages, float64 (P,); for one never visited, the mean of these others' (0 without any)."""
         known = [self.signal[prompt] for prompt in prompts if prompt in self.signal]
         unknown = sum(known) / len(known) if known else 0.0
         return torch.tensor([self.signal.get(prompt, unknown) for prompt in prompts], dtype=torch.float64)

@@ -32,7 +32,8 @@ def attention_entropy(
       exponentials of a row's logits, the entropy is `LSE_i - scale q_i . (A k)_i`; and `A k` is what fused attention
       returns if the keys are given as values too, the LSE beside it. It is the method for all rows of a long sequence.
 
-    Both are fp32 inside, whatever comes in, under autocast too (fp64 stays fp64). What is left is the rounding of the
+    Both are fp32 inside, whatever comes in, under autocast too (fp64 stays fp64); on a GPU, unless one lets torch
+    multiply in TF32. What is left is the rounding of the
     logits: up to 1e-7 times the largest of them for `rows`, five times that for `lse`.
 
     Args:
@@ -50,7 +51,8 @@ def attention_entropy(
         (B, H, Nq) or (B, H, len(rows)), fp32 or fp64; 0 for a query that sees one key or none.
 
     Raises:
-        ValueError: for an unknown `method`, and for `lse` with a bias that neither hides a key nor leaves it as it is.
+        ValueError: for an unknown `method`; for `lse` with a bias that neither hides a key nor leaves it as it is, and
+            for `lse` in fp64 elsewhere than on a CPU.
     """
     batch, heads, _, dim = q.shape
     key_heads, keys = k.shape[1:3]
@@ -90,9 +92,14 @@ def _fused(q: Tensor, k: Tensor, scale: float, bias: Tensor) -> tuple[Tensor, Te
     """What each query attends to among the keys themselves, (B, H, N, d), and its log-sum-exp, (B, H, N).
 
     `scaled_dot_product_attention` keeps the log-sum-exp to itself; these are the operators it calls.
+
+    Raises:
+        ValueError: for float64 elsewhere than on a CPU, for which there is no such operator.
     """
     if q.device.type == "cpu":
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, attn_mask=bias, scale=scale)
+    if q.dtype == torch.float64:
+        raise ValueError("method lse is float64 on a CPU only; use rows")
     keys = k.shape[2]
     bias = F.pad(bias, (0, -keys % 16))[..., :keys].expand(*q.shape[:3], keys)  # that operator wants aligned rows
     attended, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, k, bias, True, scale=scale)

@@ -34,6 +34,7 @@ class Layer:
 
     name: str
     kind: Kind
+    queries: int
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,9 @@ class AttentionProbe(TorchFunctionMode):
     returns stays the same to the bit. What a gradient checkpoint computes again in a backward is not read again. A
     compiled network runs uncompiled within it, since compiled code shows neither layers nor keys.
 
+    Which tokens are of the image and which of the text, a network shows where a layer is given both apart. One that
+    never does (Lumina, Z-Image), or runs a layer in parts (Mochi) or twice (image prompts), is refused.
+
     Args:
         network: a diffusers model; it, or blocks of it, may be compiled.
         rows: queries to read in a layer, at most; evenly spaced over those asked for, the same ones every time.
@@ -66,8 +70,8 @@ class AttentionProbe(TorchFunctionMode):
 
     Raises:
         ValueError: on entry, for a network without attention layers, and a pattern that none of them matches; while the
-            network runs, for a layer that hides its queries and keys, or has image and text tokens that cannot be told
-            apart; from `entropy`, if nothing was there to read.
+            network runs, for a layer that hides its queries and keys, or shows them in a way that cannot be told; from
+            `entropy`, if nothing was there to read, or nothing shows which tokens are the image's.
     """
 
     def __init__(
@@ -95,7 +99,7 @@ class AttentionProbe(TorchFunctionMode):
         self._shown = False  # whether the running layer has shown its queries and keys
         self._joined: tuple[int, int] = (0, 0)  # image and text tokens of the last layer that joined them,
         self._text_first: bool | None = None  # and in which order it did, once that is known
-        self._text_given = self._text_met = False  # whether the network was given text, and a layer was
+        self._images: set[int] = set()  # how many image tokens there were in layers that were given text apart
         self._undo = ExitStack()
 
     def entropy(self) -> Tensor:
@@ -103,14 +107,16 @@ class AttentionProbe(TorchFunctionMode):
 
         They are in the order in which they ran, those of one forward after those of another; `layers` then names them.
         """
-        if self._text_given and not self._text_met and not self.queries == self.keys == "all":
-            raise ValueError(
-                f"probe: {type(self.network).__name__} joins image and text tokens before its attention layers, where "
-                "they cannot be told apart; set probe.queries and probe.keys to all"
-            )
         if not self._read:
             raise ValueError(f"probe: no attention layer has {self.queries} queries and {self.keys} keys")
         self.layers = [layer for layer, _ in self._read]
+        for layer in self.layers if not self.queries == self.keys == "all" else ():
+            if layer.kind == "self" and layer.queries not in self._images:
+                raise ValueError(
+                    f"probe: nothing in {type(self.network).__name__} shows that the {layer.queries} tokens of "
+                    f"{layer.name} are the image's; leave it out by probe.layers, or set probe.queries and probe.keys "
+                    "to all"
+                )
         entropies, self._read = [entropy for _, entropy in self._read], []
         return torch.stack(entropies)
 
@@ -126,7 +132,6 @@ class AttentionProbe(TorchFunctionMode):
         with ExitStack() as stack:
             stack.enter_context(_uncompiled(self.network))
             stack.enter_context(self._dispatcher())
-            stack.callback(self.network.register_forward_pre_hook(self._start, with_kwargs=True).remove)
             for name, module in layers.items():
                 stack.callback(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._leave).remove)
@@ -148,14 +153,13 @@ class AttentionProbe(TorchFunctionMode):
             self._sdpa(self._running, *args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
-    def _start(self, _: nn.Module, __: Any, given: dict[str, Any]) -> None:
-        self._text_given = given.get("encoder_hidden_states") is not None
-
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch._C._current_graph_task_id() != -1:  # a backward is running: this is a checkpoint's second time
             return
         given = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
-        self._running = _Running(name, module, given["hidden_states"], given.get("encoder_hidden_states"))
+        hidden, encoder = given["hidden_states"], given.get("encoder_hidden_states")
+        encoder = encoder[0] if isinstance(encoder, tuple) else encoder  # beside it, an image prompt's
+        self._running = _Running(name, module, hidden, None if encoder is hidden else encoder)
         self._shown = False
 
     def _leave(self, *_: Any) -> None:
@@ -197,7 +201,11 @@ class AttentionProbe(TorchFunctionMode):
                 running, self._running = self._running, None  # the native ones are not read a second time
                 if running is not None:
                     q, k, v = (tokens.transpose(1, 2) for tokens in (query, key, value))
-                    self._sdpa(running, q, k, v, **options)
+                    mask = options.get("attn_mask")
+                    if mask is not None and mask.shape == (len(k), k.shape[2]):  # (B, keys), as some of them take it
+                        mask = mask[:, None, None]
+                    causal, scale = options.get("is_causal", False), options.get("scale")
+                    self._sdpa(running, q, k, v, mask, is_causal=causal, scale=scale)
                 output = backend(query=query, key=key, value=value, **options)
                 self._running = running
                 return output
@@ -218,10 +226,15 @@ class AttentionProbe(TorchFunctionMode):
     def _look(
         self, running: _Running, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
     ) -> None:
+        if self._wanted(running.name) and (self._shown or len(query) != len(running.hidden)):
+            raise ValueError(
+                f"probe: {running.name} attends more than once, or sample by sample; leave it out by probe.layers"
+            )
         self._shown = True
         kind, queries, keys = self._tokens(running, query.shape[2], key.shape[2], value)
         if self.queries not in queries or self.keys not in keys or not self._wanted(running.name):
             return
+        tokens = query.shape[2]
         if self.half != "both":
             which = ("unconditional", "conditional").index(self.half)
             query, key = query.chunk(2)[which], key.chunk(2)[which]
@@ -229,18 +242,18 @@ class AttentionProbe(TorchFunctionMode):
         chosen = keys[self.keys]
         if mask is not None and mask.shape[-1] > 1:
             mask = mask[..., chosen]
-        rows = _evenly(queries[self.queries], query.shape[2], self.rows).to(query.device)
+        rows = _evenly(queries[self.queries], tokens, self.rows, query.device)
         entropy = attention_entropy(
             query, key[:, :, chosen], scale=scale, rows=rows, mask=mask, normalise=self.normalise
         )
-        self._read.append((Layer(running.name, kind), entropy.mean((1, 2))))
+        self._read.append((Layer(running.name, kind, tokens), entropy.mean((1, 2))))
 
     def _tokens(self, running: _Running, queries: int, keys: int, value: Tensor) -> tuple[Kind, Spans, Spans]:
         """What kind of layer runs, and where image and text tokens stand among so many queries, and so many keys."""
         whole = slice(None)
         if running.encoder is not None:
-            self._text_met = True
             images, texts = _count(running.hidden), running.encoder.shape[1]
+            self._images.add(images)
             if keys != images + texts:
                 return "cross", {"image": whole, "all": whole}, {"text": whole, "all": whole}
             self._joined = images, texts
@@ -281,8 +294,12 @@ def _text_first(running: _Running, value: Tensor, texts: int) -> bool:
 
     Networks differ in it, and none says so.
     """
-    first = running.module.to_v(running.hidden[:, :1])[:, 0]
-    front, behind = (_distance(value[:, :, at].flatten(1), first) for at in (0, texts))
+    to_value = dict(running.module.named_children()).get("to_v")
+    if to_value is None or running.hidden.ndim != 3:
+        front = behind = 0.0
+    else:
+        first = to_value(running.hidden[:, :1])[:, 0]
+        front, behind = (_distance(value[:, :, at].flatten(1), first) for at in (0, texts))
     if front == behind:
         raise ValueError(
             f"probe: {running.name} does not show where its image and its text tokens stand; set probe.queries and "
@@ -295,8 +312,8 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return (a.float() - b.float()).abs().max().item()
 
 
-def _evenly(span: slice, tokens: int, most: int) -> Tensor:
+def _evenly(span: slice, tokens: int, most: int, device: torch.device) -> Tensor:
     """At most so many places of a span, from its first to its last."""
     first, end, _ = span.indices(tokens)
     count = min(most, end - first)
-    return first + torch.arange(count) * (end - first - 1) // max(count - 1, 1)
+    return first + torch.arange(count, device=device) * (end - first - 1) // max(count - 1, 1)
