@@ -34,7 +34,7 @@ SMALL = {
     "rollouts_per_step": 10,
     "allocation": {"low": 3, "high": 7},
     "sampler": {"steps": 4},
-    "exploration": {"k": 2},
+    "exploration": {"rule": "entropy_peaks", "k": 2},
     "optimizer": {"micro_batch": 8},
     "model": {"lora": {"rank": 4}},
     "eval_every": 2,

@@ -21,8 +21,9 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "optimizer": {"updates": 2, "ema": 0.9, "ema_every": 8},
     },
     # AEGPO on Flow-GRPO, arXiv 2602.06825: the change of attention entropy says which prompts get more rollouts. All
-    # explore at the first steps, since in our ablation (docs/aegpo.md) no peaks of entropy did as well.
-    "aegpo": AEGPO | {"exploration": {"rule": "window", "k": 4}},
+    # explore where that was measured to spread their rewards most, which in our ablation (docs/aegpo.md) taught more
+    # than any peaks of entropy.
+    "aegpo": AEGPO | {"exploration": {"rule": "reward_spread", "k": 4}},
     # The same to the letter: each prompt explores at the four highest of its own entropy, wherever they lie.
     "aegpo-paper": AEGPO | {"exploration": {"rule": "entropy_peaks", "k": 4, "reading": "plain"}},
 }

@@ -90,7 +90,8 @@ class Sampler:
     kind: Literal["flow_sde", "dance_sde", "cps", "awm"] = "flow_sde"
     """The noisy transition at explored steps; all others are ODE. With `awm` (arXiv 2509.25050) rollouts are ODE
     throughout, and an explored step is a noise level to which the finished image is brought back and trained at; give
-    it `loss.clip_low` and `clip_high` near 0.1 and an anchor, `loss.kl`, as the recipe `world` does."""
+    it an `exploration.rule` that needs no sampler's noise, `loss.clip_low` and `clip_high` near 0.1 and an anchor,
+    `loss.kl`, as the recipe `world` does."""
     eta: Positive = 0.7
     """Noise scale of that transition; `awm` has none."""
     guidance: AtLeastOne = 1.0

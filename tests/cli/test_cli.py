@@ -398,7 +398,7 @@ GUIDED = {  # 50 rollouts x 3 explored of 8 steps, everything twice, and a fourt
     "prompts_per_step": 4,
     "rollouts_per_step": 50,
     "sampler": {"steps": 8, "guidance": 4.5},
-    "exploration": {"k": 3},
+    "exploration": {"rule": "entropy_peaks", "k": 3},
     "loss": {"kl": 0.04},
     "optimizer": {"updates": 4, "micro_batch": 37},  # 150 rows as 38 + 38 + 37 + 37
 }

@@ -13,7 +13,14 @@ from aegpo.config import resolve
 from aegpo.report import write_analysis
 
 HOSTILE = '<script>alert("x")</script> & {{ 7 * 7 }}'
-CONFIG = resolve({"sampler": {"steps": 5, "kind": "awm"}, "reward": "mine.py:<b>score</b>", "seed": 3})
+CONFIG = resolve(
+    {
+        "sampler": {"steps": 5, "kind": "awm"},
+        "exploration": {"rule": "random"},
+        "reward": "mine.py:<b>score</b>",
+        "seed": 3,
+    }
+)
 MANY = 40  # prompts
 MINUS = "\N{MINUS SIGN}"
 
