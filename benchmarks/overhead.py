@@ -6,7 +6,8 @@ Both do the same plan: rollouts, reward, update. One probes first, and lets roll
 other has no trunk: each rollout is drawn from a first latent of its own, which costs what it costs from a shared one. A
 row of its own sets the probe beside a trunk that is walked without reading, as `sampler.shared_noise` does it where no
 rule asks for entropy. Steps take turns within one run, and what counts is the median ratio of a pair. The base policy's
-entropies are known by then, as they are from a prompt's second visit on; what the first visit costs is a row too. Peak
+entropies are known by then, as they are from a prompt's second visit on; what the first visit costs is a row too. What
+measuring the spread of reward costs, every tenth step under `aegpo`, is no part of this (`--dry-run` says it). Peak
 memory is that of a process that does nothing else.
 """
 
@@ -32,7 +33,7 @@ from aegpo.adapt.plan import make_plan
 from aegpo.config import Config, resolve
 from aegpo.data import draw, load_prompts
 from aegpo.math.advantages import group_advantages
-from aegpo.rollout import collect, probe, walk_trunk
+from aegpo.rollout import collect, probe, reward_spread, walk_trunk
 from aegpo.train import update
 from aegpo.types import Plan, Signals
 
@@ -72,7 +73,10 @@ class Step:
 
     def made(self) -> Plan:
         """The plan that the probe gives once the prompts have moved, each by its own."""
-        signals, _ = self.probe()
+        signals, trunk = self.probe()
+        if self.config.exploration.rule == "reward_spread":
+            given = (self.model, self.batch, self.conditions, self.reward, self.config)
+            self.memory.reward_spread = reward_spread(*given, step=0, visit=0, trunk=trunk)
         moved = Signals(signals.entropy + 0.01 * torch.arange(len(self.batch))[:, None], signals.base_entropy)
         return make_plan(self.config, self.batch, moved, self.memory, self.model.sigmas(self.config.sampler.steps), 0)
 
@@ -148,7 +152,7 @@ def measure_peak(name: str, how: str, given: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--pairs", type=int, default=11, help="of the rows beside the paper's; others have 5")
+    parser.add_argument("--pairs", type=int, default=9, help="of the rows beside the paper's; others have 5")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.peak:
