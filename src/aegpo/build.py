@@ -20,7 +20,7 @@ from rich.table import Table
 from aegpo import checkpoint, rewards, world
 from aegpo.analysis import analyze as measure
 from aegpo.analysis import evaluations
-from aegpo.config import Config, dump_yaml, load_yaml, resolve
+from aegpo.config import Config, dump_yaml, load_yaml, needs_probe, resolve
 from aegpo.data import load_prompts
 from aegpo.display import Display, bar
 from aegpo.evaluation import evaluate as evaluate_policy
@@ -28,6 +28,7 @@ from aegpo.models import load, load_pipeline, loading, text_tokens
 from aegpo.report import read_metrics, write_analysis, write_model_card, write_report
 from aegpo.report.analysis import READINGS, SIGNALS, from_one
 from aegpo.report.html import correlation, percent
+from aegpo.rollout import entropy_curves
 from aegpo.train import train
 from aegpo.types import Prompt
 
@@ -67,6 +68,9 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
         )
     reward = _reward(config, {"train": prompts, "eval": held_out})
     model = load(config.model, config.seed)
+    if needs_probe(config):  # what it cannot read of this model is said before anything is written
+        entropy_curves(model, prompts[:1], model.encode([prompts[0].text]), config)
+        model.forwards = 0
 
     if start is None:
         _clear(folder)

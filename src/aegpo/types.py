@@ -39,6 +39,9 @@ class Conditions:
         return replace(self, embeds=self.embeds[index], pooled=self.pooled[index])
 
 
+ROUNDING = 1e-6  # of an entropy, in float32
+
+
 @dataclass(frozen=True)
 class Signals:
     """What the probe measured, mean over probed layers, heads and query rows, in nats.
@@ -52,11 +55,15 @@ class Signals:
     base_entropy: Tensor
 
     @property
+    def change(self) -> Tensor:
+        """H_theta - H_base, float64 (P, N); 0 where it is no more than the rounding of two batches of other shapes."""
+        change = self.entropy - self.base_entropy
+        return change.where(change.abs() > ROUNDING * self.base_entropy, 0.0)
+
+    @property
     def delta_entropy(self) -> Tensor:
-        """|mean_t H_theta - mean_t H_base|, float64 (P,); 0 where it is no more than float32's rounding of them."""
-        base = self.base_entropy.mean(1)
-        moved = (self.entropy.mean(1) - base).abs()
-        return moved.where(moved > 1e-6 * base, 0.0)
+        """|mean_t H_theta - mean_t H_base|, float64 (P,)."""
+        return self.change.mean(1).abs()
 
     @property
     def relative_delta_entropy(self) -> Tensor:

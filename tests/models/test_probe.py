@@ -136,7 +136,7 @@ def test_tokens_of_joint_layers_are_those_the_network_put_there(family, network,
     if family not in TEXT_FIRST:
         with AttentionProbe(network, queries="text", keys=keys) as probe:
             run(network, inputs)
-        with pytest.raises(ValueError, match=f"no attention layer has text queries and {keys} keys"):
+        with pytest.raises(ValueError, match=f"no attention layer has run that has text queries and {keys} keys"):
             probe.entropy()
         return
     with AttentionProbe(network, queries=queries, keys=keys) as probe:
@@ -206,7 +206,7 @@ def test_two_forwards_are_read_one_after_the_other(family, network):
     assert torch.equal(both, torch.cat([first, second]))
     assert not torch.equal(first, second)
     run(network, inputs)  # outside, nothing is read
-    with pytest.raises(ValueError, match="no attention layer has"):
+    with pytest.raises(ValueError, match="no attention layer has run"):
         probe.entropy()
 
 

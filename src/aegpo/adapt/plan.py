@@ -47,7 +47,7 @@ def make_plan(
             curves = _reading(config, signals, sigmas)
         case "delta_entropy_peaks":
             assert signals is not None, f"{where.rule} needs the probe"
-            curves = signals.entropy - signals.base_entropy
+            curves = signals.change
         case "policy_noise":
             curves = policy_noise(config, sigmas).expand(shape)
         case "reward_spread":

@@ -108,7 +108,7 @@ class AttentionProbe(TorchFunctionMode):
         They are in the order in which they ran, those of one forward after those of another; `layers` then names them.
         """
         if not self._read:
-            raise ValueError(f"probe: no attention layer has {self.queries} queries and {self.keys} keys")
+            raise ValueError(f"probe: no attention layer has run that has {self.queries} queries and {self.keys} keys")
         self.layers = [layer for layer, _ in self._read]
         for layer in self.layers if not self.queries == self.keys == "all" else ():
             if layer.kind == "self" and layer.queries not in self._images:
