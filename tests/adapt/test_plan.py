@@ -143,7 +143,7 @@ def test_reward_variance_takes_the_remembered_spread_and_the_mean_for_prompts_no
     assert memory.signal == pytest.approx({7: 0.3, 3: 0.1})  # a plan adds nothing of its own
 
 
-def test_smoothing_is_a_running_mean_over_the_visits_of_each_prompt():
+def test_smoothing_is_an_exponential_average_over_the_visits_of_each_prompt():
     layer = {"allocation": {"smoothing": 0.75}}
     memory = Memory()
     for by in ((0.4, 0.2, 0.0, 0.1), (0.0, 0.2, 0.3, 0.1)):

@@ -27,7 +27,7 @@ Spans = Mapping[Tokens, slice]
 
 @dataclass(frozen=True)
 class Layer:
-    """An attention layer that was read: its name in the network, and who looks at whom in it.
+    """An attention layer that was read: its name in the network, who looks at whom in it, and how many queries it has.
 
     `joint`: image and text tokens at one another; `self`: image tokens at image tokens; `cross`: image tokens at text.
     """
