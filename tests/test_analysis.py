@@ -27,11 +27,12 @@ from aegpo.analysis import (
     with_noise,
 )
 from aegpo.checkpoint import load_weights
-from aegpo.config import Config, Model, Optimizer, Sampler, load_yaml, resolve
+from aegpo.cli import main
+from aegpo.config import Config, Model, Optimizer, Probe, Sampler, load_yaml, resolve
 from aegpo.data import load_prompts
 from aegpo.report.html import correlation
 from aegpo.rewards import load
-from aegpo.rollout import probe, reward_spread
+from aegpo.rollout import entropy_curves, probe, reward_spread
 from aegpo.types import Judgement, Prompt
 
 PROMPTS = [Prompt(4, "a red circle", {}), Prompt(9, "two squares", {}), Prompt(11, "a cross above a ring", {})]
@@ -326,6 +327,35 @@ def test_a_model_before_training(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "gained" not in printed
     assert re.search(rf"^analysis: {re.escape(str(page))}$", printed, re.MULTILINE)
+
+
+def test_settings_say_how_a_model_is_sampled_and_what_is_read_of_it(run, tmp_path, capsys):
+    (tmp_path / "three.txt").write_text("".join(f"{prompt.text}\n" for prompt in PROMPTS))
+    words = ["--prompts", str(tmp_path / "three.txt"), "--images", "1", "--out", str(tmp_path / "out")]
+    said = [
+        "--sampler.steps",
+        "3",
+        "--sampler.guidance=2",
+        "--exploration.k=2",
+        "--probe.layers",
+        "[transformer_blocks.1.attn]",
+    ]
+    assert main(["analyze", "world", *words, *said, "--probe.normalise", "true"]) == 0
+    found = json.loads((tmp_path / "out" / "analysis.json").read_text())
+    assert (found["steps"], found["guidance"]) == (3, 2)
+    [layer] = found["entropy"]["base"]
+    config = Config(sampler=Sampler(steps=3, guidance=2))
+    model = models.load(Model())
+    prompts = load_prompts(str(tmp_path / "three.txt"), "eval")
+    conditions = model.encode([prompt.text for prompt in prompts])
+    whole = entropy_curves(model, prompts, conditions, replace(config, probe=Probe(normalise=True)))[0]
+    np.testing.assert_allclose(layer, whole[1].mean(0), rtol=1e-5)
+    assert max(layer) < 1
+    copy = shutil.copytree(run, tmp_path / "run")
+    assert main(["analyze", str(copy), *words[:4], "--probe.keys", "text"]) == 0  # over what the run was trained with
+    assert numbers(copy)["probe"]["keys"] == "text"
+    assert numbers(copy)["reward"] == numbers(run)["reward"]
+    capsys.readouterr()
 
 
 def test_a_damaged_checkpoint_is_named_before_anything_is_written(run, tmp_path):

@@ -4,7 +4,7 @@ import itertools
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -84,7 +84,14 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
     if start is not None:
         console.print(f"going on from {start}", highlight=False, markup=False, soft_wrap=True)
     with Display(config.steps, console) as display:
-        train(config, model, prompts, held_out, reward, folder, display, start)
+        try:
+            train(config, model, prompts, held_out, reward, folder, display, start)
+        except (ValueError, FloatingPointError) as error:
+            if not checkpoint.checkpoints(folder):
+                raise
+            raise ValueError(
+                f"{error}; to go on from the newest checkpoint: {checkpoint.how_to_resume(folder)}"
+            ) from error
     write_model_card(folder)
     report = write_report(folder)
     console.print(_before_after(folder))
@@ -136,13 +143,19 @@ def evaluate(run: Path, prompts: str | None = None, images: int | None = None) -
     config = _config(run, given, {"eval_images": images} if images else {})
     held_out = _prompts(config.prompts.eval, "eval", config)
     newest = _checkpoints(run)[-1]
+    reward = _reward(config, {"eval": held_out})
     model = load(config.model, config.seed)
     checkpoint.load_weights(newest, model.trainable)
-    return evaluate_policy(config, model, held_out, rewards.load(config.reward))
+    return evaluate_policy(config, model, held_out, reward)
 
 
 def analyze(
-    model: str, prompts: str | None = None, reward: str | None = None, images: int = 4, out: Path | None = None
+    model: str,
+    prompts: str | None = None,
+    reward: str | None = None,
+    images: int = 4,
+    out: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> Path:
     """Check on a run, or on a model before training, where attention entropy points and where there is to gain.
 
@@ -153,6 +166,7 @@ def analyze(
         images: judged for each prompt.
         out: the folder to write `analysis.html` and `analysis.json` into; by default `analysis` in the run's folder,
             or in `runs`.
+        settings: nested, over the run's own or over the defaults: how to sample, and what to read.
 
     Returns:
         The path of the page.
@@ -170,7 +184,8 @@ def analyze(
     given = {"prompts": {"eval": prompts}} if prompts else {}
     given |= {"reward": reward} if reward else {}
     given |= {"eval_images": images}
-    config = _config(run, given) if trained else resolve({"model": {"path": model}}, given)
+    over = (dict(settings or {}), given)
+    config = _config(run, *over) if trained else resolve({"model": {"path": model}}, *over)
     asked = _prompts(config.prompts.eval, "eval", config)
     judge = _reward(config, {"eval": asked})
     found = _checkpoints(run) if trained else []
@@ -209,10 +224,12 @@ def _config(run: Path, *layers: dict[str, Any]) -> Config:
     """The run's own, with others laid over it."""
     if not (run / "config.yaml").is_file():
         raise ValueError(f"{run} is not a run's folder: it has no config.yaml")
+    own = load_yaml(run / "config.yaml")
     try:
-        return resolve(load_yaml(run / "config.yaml"), *layers)
+        resolve(own)
     except ValueError as error:
         raise ValueError(f"{run}/config.yaml: {error}") from None
+    return resolve(own, *layers)
 
 
 def _reward(config: Config, prompts: dict[str, list[Prompt]]) -> rewards.Reward:

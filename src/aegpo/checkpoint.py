@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -106,6 +107,11 @@ def step_of(folder: Path) -> int:
     return int(name[1]) if name else -1
 
 
+def how_to_resume(run: Path) -> str:
+    """The command that goes on from a run's newest checkpoint."""
+    return f"aegpo train --resume latest --output-dir {shlex.quote(str(run))}"
+
+
 def drop_after(run: Path, step: int) -> None:
     """Delete the checkpoints of later steps: the run goes on from `step`, and they are of a course it leaves."""
     for folder in checkpoints(run):
@@ -119,7 +125,7 @@ def verify(folder: Path, weights: Mapping[str, nn.Parameter] | None = None) -> N
     With `weights`, also unless it holds just those, in their shapes.
     """
     before = [p for p in checkpoints(folder.parent) if step_of(p) < step_of(folder)]
-    advice = f"; resume from {before[-1]}" if before else ""
+    advice = f"; the one before is {before[-1]}" if before else ""
     try:
         digests = json.loads((folder / "manifest.json").read_text())
         wrong = [name for name, digest in digests.items() if _digest(folder / name) != digest]

@@ -10,7 +10,6 @@ import difflib
 import functools
 import math
 import os
-import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -29,13 +28,14 @@ Align diffusion and flow models with human preference by online reinforcement le
   aegpo sample RUN --prompt "a red circle above a blue square" --out x.png [--seed 0]
   aegpo eval RUN [--prompts FILE] [--images N]
   aegpo report RUN
-  aegpo analyze MODEL [--prompts FILE] [--reward NAME] [--images N] [--out DIR]
+  aegpo analyze MODEL [--prompts FILE] [--reward NAME] [--images N] [--out DIR] [--a.b VALUE ...]
   aegpo world pretrain OUT [--steps N] [--seed N]
 
   aegpo --version
   aegpo COMMAND --help      (train --help lists every setting)
 """
 TRAIN_OPTIONS = ("--help", "--dry-run", "--resume", "--overwrite")
+ANALYZE_OPTIONS = ("--help", "--prompts", "--reward", "--images", "--out")
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -95,7 +95,7 @@ def _train(words: list[str]) -> None:
     parser.add_argument("--overwrite", action="store_true", help="start anew where the output folder holds a run")
     if {"-h", "--help"} & set(words):
         return _print_train_help(parser)
-    own, overrides = _split(words)
+    own, overrides = _split(words, TRAIN_OPTIONS)
     asked = parser.read(own)
     if asked.resume and asked.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite starts it anew; give one of them")
@@ -118,7 +118,9 @@ def _how_to_go_on(config: "Config", resumed: bool) -> str:
     written = folder / "config.yaml"
     begun = resumed or (written.is_file() and written.read_text(encoding="utf-8") == dump_yaml(config))
     if begun and any(folder.glob("checkpoint-*")):
-        return f"stopped; to go on: aegpo train --resume latest --output-dir {shlex.quote(config.output_dir)}"
+        from aegpo.checkpoint import how_to_resume
+
+        return f"stopped; to go on: {how_to_resume(folder)}"
     return "stopped before its first checkpoint; start it again" + " with --overwrite" * written.is_file()
 
 
@@ -157,8 +159,10 @@ def _report(words: list[str]) -> None:
 
 
 def _analyze(words: list[str]) -> None:
-    about = "Check where attention entropy points, and where there is something to gain, on a run or before training."
-    parser = _Parser("analyze", about)
+    about = "Check where attention entropy points, and where there is something to gain, on a run or before training. "
+    about += "Settings such as --sampler.guidance 4.5 or --probe.keys text go over a run's own, or over the defaults."
+    usage = "aegpo analyze MODEL [--prompts FILE] [--reward NAME] [--images N] [--out DIR] [--a.b VALUE ...]"
+    parser = _Parser("analyze", about, usage=usage)
     parser.add_argument(
         "MODEL", type=_text, help="the folder of a run, a diffusers pipeline (folder, hub id), or world"
     )
@@ -170,10 +174,12 @@ def _analyze(words: list[str]) -> None:
     parser.add_argument("--images", type=_whole(1), metavar="N", default=4, help="images for each prompt (default: 4)")
     where = "where to write analysis.html and analysis.json (default: RUN/analysis, or runs/analysis)"
     parser.add_argument("--out", type=_text, metavar="DIR", help=where)
-    asked = parser.read(words)
+    own, overrides = _split(words, ANALYZE_OPTIONS)
+    asked = parser.read(own)
     from aegpo.build import analyze
 
-    analyze(asked.MODEL, asked.prompts, asked.reward, asked.images, Path(asked.out) if asked.out else None)
+    out = Path(asked.out) if asked.out else None
+    analyze(asked.MODEL, asked.prompts, asked.reward, asked.images, out, overrides)
 
 
 def _world(words: list[str]) -> None:
@@ -191,30 +197,30 @@ def _world(words: list[str]) -> None:
 # ---------------------------------------------------------------- settings
 
 
-def _split(words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Part the words of `train` into those for its own options and RECIPE, and the settings, nested."""
+def _split(words: list[str], options: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Part a command's words into those for its own options and arguments, and the settings, nested."""
     from aegpo.config import merge
 
     left, own, overrides = deque(words), [], {}
     while left:
         word = left.popleft()
         option, equals, text = word.partition("=")
-        if not option.startswith("--") or option in (*TRAIN_OPTIONS, "--"):
+        if not option.startswith("--") or option in (*options, "--"):
             own.append(word)
             continue
         if not equals and left and not left[0].startswith("--"):
             text = left.popleft()
-        overrides = merge(overrides, _override(option, text))
+        overrides = merge(overrides, _override(option, text, options))
     return own, overrides
 
 
-def _override(option: str, text: str) -> dict[str, Any]:
+def _override(option: str, text: str, options: Sequence[str]) -> dict[str, Any]:
     """The setting `--a.b-c` as {"a": {"b_c": value}}, even an unknown one: `resolve` says what it should have been."""
     from aegpo.config import settings
 
     name = option.removeprefix("--").replace("-", "_")
-    if name not in settings() and difflib.get_close_matches(option, TRAIN_OPTIONS, cutoff=0.75):
-        raise ValueError(f"command line: {option} is not an option{_did_you_mean(option, TRAIN_OPTIONS)}")
+    if name not in settings() and difflib.get_close_matches(option, options, cutoff=0.75):
+        raise ValueError(f"command line: {option} is not an option{_did_you_mean(option, options)}")
     if name in settings() and not text:
         raise ValueError(f"command line: {name} needs a value")
     keys = name.split(".")
@@ -305,24 +311,24 @@ def _print_dry_run(config: "Config") -> None:
 
 def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     """What a step does and costs, in network evaluations x samples; evaluations of held-out prompts come on top."""
-    from aegpo.config import SPREAD_EVERY, SPREAD_PROMPTS, SPREAD_ROLLOUTS, needs_probe
+    from aegpo.config import RIDERS, SPREAD_EVERY, SPREAD_PROMPTS, SPREAD_ROLLOUTS, needs_probe
 
     prompts, rollouts, steps = config.prompts_per_step, config.rollouts_per_step, config.sampler.steps
     explored = steps - 1 if config.exploration.rule == "all" else config.exploration.k
     rows, updates, most = rollouts * explored, config.optimizer.updates, config.optimizer.micro_batch
     share, longer = divmod(rows, updates)  # rows of an update; so many updates get one row more
     batches = (updates - longer) * math.ceil(share / most) + longer * math.ceil((share + 1) / most)
-    probed = needs_probe(config)
+    probed, matching = needs_probe(config), config.sampler.kind == "awm"
     twice, guided = (2, " x 2 for guidance") if config.sampler.guidance != 1 else (1, "")
     passes = {"forward": 1, "backward": 2}
     if config.loss.kl > 0:
         passes["reference"] = 1
-    if config.sampler.kind == "awm":
+    if matching:
         passes["before the update"] = 1
     evaluations, written = sum(passes.values()), " + ".join(f"{count} {what}" for what, count in passes.items())
     shared = config.sampler.shared_noise
-    branching = rollouts if shared else prompts * probed  # rollouts that begin on their prompt's trunk,
-    saved = branching * (steps if config.sampler.kind == "awm" else 1)  # and what of them it has walked, at least
+    branching = rollouts if shared else prompts * probed * (1 if matching else RIDERS)  # rollouts that begin on their
+    saved = branching * (steps if matching else 1)  # prompt's trunk, and what of them it has walked, at least
     trunk = prompts * (steps if probed else shared)  # with as many rollouts leaving it at once as can
     sampling, probe, training = twice * (rollouts * steps - saved), twice * trunk, twice * rows * evaluations
     step = sampling + probe + training

@@ -312,6 +312,39 @@ def test_attention_that_hides_its_keys_is_named_with_a_remedy_that_works(network
 
 
 @pytest.mark.parametrize("family", ["sd3"])
+def test_torch_is_watched_inside_attention_layers_alone_and_never_after(network):
+    network, inputs = network
+    watched = []
+    block = network.transformer_blocks[0]
+    block.norm1.register_forward_hook(lambda *_: watched.append(torch._C._len_torch_function_stack()))
+    block.attn.to_q.register_forward_hook(lambda *_: watched.append(torch._C._len_torch_function_stack()))
+    before = torch._C._len_torch_function_stack()
+    with AttentionProbe(network) as probe:
+        run(network, inputs)
+    assert watched == [before, before + 1]
+    block.attn.to_out[0].register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), AttentionProbe(network) as probe:
+        run(network, inputs)
+    assert torch._C._len_torch_function_stack() == before
+    assert len(probe.entropy()) == 1  # it was read before
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"queries": "images"}, "queries must be one of image, text, all, not 'images'"),
+        ({"keys": "latent"}, "keys must be one of image, text, all, not 'latent'"),
+        ({"half": "first"}, "half must be one of both, unconditional, conditional, not 'first'"),
+        ({"rows": 0}, "rows must be at least 1, not 0"),
+        ({"layers": "blocks.*"}, r"layers must be a sequence of names, such as \('blocks.\*',\), not a text"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(options, expected):
+    with pytest.raises(ValueError, match=expected):
+        AttentionProbe(torch.nn.Linear(2, 2), **options)
+
+
+@pytest.mark.parametrize("family", ["sd3"])
 def test_what_cannot_be_read_is_said(network):
     network, inputs = network
     with (

@@ -94,12 +94,12 @@ def test_the_tables_show_the_numbers_of_the_json(tmp_path: Path, measured: dict[
     html, numbers = pages(tmp_path, measured)
     assert numbers == numbers | measured
     to_next, to_last, ranking, readings = tables(html)
-    assert to_next[1:] == [["0", "constant", "-0.50", "+0.12"], ["10", "+0.34", "-0.31", "+0.00"]]
-    assert to_last[1:] == [["0", "constant", "-0.25", "+0.06"], ["10", "+0.42", "-0.75", "constant"]]
+    assert to_next[1:] == [["0", "–", "-0.50", "+0.12"], ["10", "+0.34", "-0.31", "+0.00"]]
+    assert to_last[1:] == [["0", "–", "-0.25", "+0.06"], ["10", "+0.42", "-0.75", "–"]]
     assert readings[1:] == [
         ["H(t)", "-1.00", "2, 3, 4", "53.8 %"],
         ["|ΔH(t)|", "+0.78", "1, 2", "–"],
-        ["Policy noise", "constant", "1, 2, 3, 4", "100.0 %"],
+        ["Policy noise", "–", "1, 2, 3, 4", "100.0 %"],
         ["Drawn at random", "", "", "75.0 %"],
     ]
     assert len(ranking) == 1 + 8 + 1 + 8

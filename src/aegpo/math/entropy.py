@@ -1,5 +1,6 @@
 """Attention entropy: how widely a query spreads its attention over the keys."""
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -58,10 +59,10 @@ def attention_entropy(
     key_heads, keys = k.shape[1:3]
     assert heads % key_heads == 0, f"{heads} query heads cannot share {key_heads} key heads"
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    bias = torch.zeros(1, 1, 1, keys, dtype=dtype, device=q.device) if mask is None else _bias(mask, dtype)
+    bias = None if mask is None else _bias(mask, dtype)
     if rows is not None:
         q = q.index_select(2, rows)
-        bias = bias if bias.shape[2] == 1 else bias.index_select(2, rows)
+        bias = bias if bias is None or bias.shape[2] == 1 else bias.index_select(2, rows)
     q, k = q.to(dtype), k.to(dtype)
     factor = dim**-0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
@@ -69,17 +70,31 @@ def attention_entropy(
             case "rows":
                 stacked = q.reshape(batch, key_heads, -1, dim)  # the query heads of one key head, along the rows
                 logits = (stacked @ k.mT * factor).reshape(*q.shape[:3], keys)
-                entropy = torch.special.entr((logits + bias).softmax(-1)).sum(-1)
+                entropy = _of_logits(logits if bias is None else logits + bias)
             case "lse":
+                bias = torch.zeros(1, 1, 1, keys, dtype=dtype, device=q.device) if bias is None else bias
                 if not ((bias == 0) | (bias <= HIDDEN)).all():
                     raise ValueError("method lse takes a mask that hides keys, not one that weighs them; use rows")
                 attended, lse = _fused(q, k.repeat_interleave(heads // key_heads, 1), factor, bias)
                 entropy = lse - factor * (q * attended).sum(-1)
             case _:
                 raise ValueError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}")
+    if bias is None:
+        return entropy / math.log(max(keys, 2)) if normalise else entropy
     seen = (bias > HIDDEN).sum(-1).expand(entropy.shape)
     entropy = torch.where(seen > 1, entropy, 0.0)
     return entropy / seen.clamp(min=2).to(dtype).log() if normalise else entropy
+
+
+def _of_logits(logits: Tensor) -> Tensor:
+    """Entropy of the softmax of each row, in one pass: with e = exp(logits - max), log(sum e) - sum(e (log e)) / sum e.
+
+    Both terms are at least 0, so nothing cancels; and it is cheaper than the softmax and its logarithms.
+    """
+    below = (logits - logits.amax(-1, keepdim=True)).clamp(min=math.log(torch.finfo(logits.dtype).tiny))
+    weights = below.exp()
+    total = weights.sum(-1)
+    return total.log() - (weights * below).sum(-1) / total
 
 
 def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

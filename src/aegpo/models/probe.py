@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +58,10 @@ class AttentionProbe(TorchFunctionMode):
     Which tokens are of the image and which of the text, a network shows where a layer is given both apart. One that
     never does (Lumina, Z-Image), or runs a layer in parts (Mochi) or twice (image prompts), is refused.
 
+        with AttentionProbe(pipe.transformer, layers=("transformer_blocks.1?.attn",)) as probe, torch.no_grad():
+            pipe.transformer(...)
+        entropy = probe.entropy()  # (layers, B), and probe.layers says which is which
+
     Args:
         network: a diffusers model; it, or blocks of it, may be compiled.
         rows: queries to read in a layer, at most; evenly spaced over those asked for, the same ones every time.
@@ -69,9 +73,10 @@ class AttentionProbe(TorchFunctionMode):
         normalise: divide by the logarithm of the number of keys, so that layers of different length weigh alike.
 
     Raises:
-        ValueError: on entry, for a network without attention layers, and a pattern that none of them matches; while the
-            network runs, for a layer that hides its queries and keys, or shows them in a way that cannot be told; from
-            `entropy`, if nothing was there to read, or nothing shows which tokens are the image's.
+        ValueError: for an argument that is none of these; on entry, for a network without attention layers, and a
+            pattern that none of them matches; while the network runs, for a layer that hides its queries and keys, or
+            shows them in a way that cannot be told; from `entropy`, if nothing was there to read, or nothing shows
+            which tokens are the image's.
     """
 
     def __init__(
@@ -86,6 +91,13 @@ class AttentionProbe(TorchFunctionMode):
         normalise: bool = False,
     ) -> None:
         super().__init__()
+        for name, value, known in (("queries", queries, Tokens), ("keys", keys, Tokens), ("half", half, Half)):
+            if value not in get_args(known):
+                raise ValueError(f"probe: {name} must be one of {', '.join(get_args(known))}, not {value!r}")
+        if rows < 1:
+            raise ValueError(f"probe: rows must be at least 1, not {rows}")
+        if isinstance(layers, str):
+            raise ValueError(f"probe: layers must be a sequence of names, such as ({layers!r},), not a text")
         self.network = network
         self.rows = rows
         self.queries: Tokens = queries

@@ -108,8 +108,8 @@ def percent(value: float | None, signed: bool = False) -> str:
 
 
 def correlation(value: float | None) -> str:
-    """A correlation with two decimals, or that there is none: one side of it is the same everywhere."""
-    return "constant" if value is None else _with_minus(f"{value:+.2f}")
+    """A correlation with two decimals, or a dash where there is none: one side of it is the same everywhere."""
+    return "–" if value is None else _with_minus(f"{value:+.2f}")
 
 
 def count(value: float) -> str:
