@@ -3,6 +3,7 @@
 Noise is keyed by what it is for, never by where it stands in a batch: a rollout gets the same noise in any batch.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -259,9 +260,9 @@ def denoise(
 
 
 def _batches(which: Tensor, most: int) -> Sequence[Tensor]:
-    """The places where `which`, bool (n,), holds, `most` of them at a time."""
+    """The places where `which`, bool (n,), holds, in as few parts of at most so many as can be, all about alike."""
     places = which.nonzero().flatten()
-    return places.split(most) if len(places) else ()
+    return places.tensor_split(math.ceil(len(places) / most)) if len(places) else ()
 
 
 def _joined(parts: Sequence[Trunk]) -> Trunk:
