@@ -336,7 +336,6 @@ def test_settings_say_how_a_model_is_sampled_and_what_is_read_of_it(run, tmp_pat
         "--sampler.steps",
         "3",
         "--sampler.guidance=2",
-        "--exploration.k=2",
         "--probe.layers",
         "[transformer_blocks.1.attn]",
     ]

@@ -184,8 +184,13 @@ def analyze(
     given = {"prompts": {"eval": prompts}} if prompts else {}
     given |= {"reward": reward} if reward else {}
     given |= {"eval_images": images}
+    for setting, instead in {"model.path": "MODEL", "prompts.eval": "--prompts", "eval_images": "--images"}.items():
+        group, _, name = setting.rpartition(".")
+        if name in ((settings or {}).get(group, {}) if group else settings or {}):
+            raise ValueError(f"{setting}: analyze takes it as {instead}")
     over = (dict(settings or {}), given)
-    config = _config(run, *over) if trained else resolve({"model": {"path": model}}, *over)
+    plain = {"model": {"path": model}, "allocation": {"rule": "uniform"}, "exploration": {"rule": "all"}}
+    config = _config(run, *over) if trained else resolve(plain, *over)
     asked = _prompts(config.prompts.eval, "eval", config)
     judge = _reward(config, {"eval": asked})
     found = _checkpoints(run) if trained else []

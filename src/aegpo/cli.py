@@ -160,7 +160,7 @@ def _report(words: list[str]) -> None:
 
 def _analyze(words: list[str]) -> None:
     about = "Check where attention entropy points, and where there is something to gain, on a run or before training. "
-    about += "Settings such as --sampler.guidance 4.5 or --probe.keys text go over a run's own, or over the defaults."
+    about += "Settings such as --sampler.guidance 4.5 or --probe.rows 256 go over a run's own, or over the defaults."
     usage = "aegpo analyze MODEL [--prompts FILE] [--reward NAME] [--images N] [--out DIR] [--a.b VALUE ...]"
     parser = _Parser("analyze", about, usage=usage)
     parser.add_argument(
@@ -311,7 +311,7 @@ def _print_dry_run(config: "Config") -> None:
 
 def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     """What a step does and costs, in network evaluations x samples; evaluations of held-out prompts come on top."""
-    from aegpo.config import RIDERS, SPREAD_EVERY, SPREAD_PROMPTS, SPREAD_ROLLOUTS, needs_probe
+    from aegpo.config import SPREAD_EVERY, SPREAD_PROMPTS, SPREAD_ROLLOUTS, needs_probe
 
     prompts, rollouts, steps = config.prompts_per_step, config.rollouts_per_step, config.sampler.steps
     explored = steps - 1 if config.exploration.rule == "all" else config.exploration.k
@@ -327,8 +327,8 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
         passes["before the update"] = 1
     evaluations, written = sum(passes.values()), " + ".join(f"{count} {what}" for what, count in passes.items())
     shared = config.sampler.shared_noise
-    branching = rollouts if shared else prompts * probed * (1 if matching else RIDERS)  # rollouts that begin on their
-    saved = branching * (steps if matching else 1)  # prompt's trunk, and what of them it has walked, at least
+    branching = rollouts if shared else prompts * probed  # rollouts that begin on their prompt's trunk, at least,
+    saved = branching * (steps if matching else 1)  # and what of them it has walked, at least
     trunk = prompts * (steps if probed else shared)  # with as many rollouts leaving it at once as can
     sampling, probe, training = twice * (rollouts * steps - saved), twice * trunk, twice * rows * evaluations
     step = sampling + probe + training

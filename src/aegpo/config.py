@@ -36,7 +36,6 @@ NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Switch = Annotated[bool, Field(strict=True)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
 
-RIDERS = 2  # rollouts of a prompt that begin on its probe's trajectory, where not all share that noise
 SPREAD_EVERY = 10  # training steps between two measurements of what exploring each denoising step is worth,
 SPREAD_PROMPTS, SPREAD_ROLLOUTS = 4, 6  # over so many prompts, and rollouts of each
 
@@ -403,7 +402,7 @@ def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "tuple_type":
-        return f"{name}: should be a list, such as [{first['input']}], got {first['input']!r}"
+        return f"{name}: should be a list, such as [a, b], got {first['input']!r}"
     return f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aegpo.adapt.memory import Memory
-from aegpo.config import RIDERS, SPREAD_PROMPTS, SPREAD_ROLLOUTS, Config, Sampler
+from aegpo.config import SPREAD_PROMPTS, SPREAD_ROLLOUTS, Config, Sampler
 from aegpo.math.transitions import log_prob, transition
 from aegpo.models.base import Denoiser
 from aegpo.models.probe import AttentionProbe
@@ -21,6 +21,8 @@ from aegpo.rewards import Reward
 from aegpo.types import Conditions, Plan, Prompt, Rollouts, Signals, Transitions, Trunk
 
 ROLLOUT, TRUNK, EVALUATION, SPREAD = 0, 1, 2, 6  # what noise is for: the first number of its key
+
+LARGE = 8  # rollouts of a prompt, of which two begin on its trunk
 
 
 def noise(shape: tuple[int, ...], *key: int) -> Tensor:
@@ -120,9 +122,9 @@ def collect(
     """Draw the rollouts that the plan asks for, and keep what they explored.
 
     A rollout that starts from its prompt's own noise is the trunk until it explores, so it begins there, with the
-    velocity that the trunk had there. With a trunk, the first two rollouts of each prompt do so (RIDERS), and under
-    `sampler.shared_noise` all do; the others start from noises of their own. Where rollouts are ODE throughout, one
-    alone does so: two would be one image.
+    velocity that the trunk had there. With a trunk, the first rollout of each prompt does so, in a group of eight or
+    more (LARGE) the first two, and under `sampler.shared_noise` all; the others start from noises of their own. Two of
+    a small group would hide how much first noises differ in reward. Where rollouts are ODE, two would be one image.
 
     Args:
         model: the policy.
@@ -148,8 +150,8 @@ def collect(
     x = _first_latents(model, [(*key, 0) for key in keys])
     leaves = torch.full_like(prompt, -1)  # the step at which a rollout leaves its trunk: most were never on one
     if trunk is not None:
-        riders = 1 if matching else RIDERS
-        on_trunk = torch.tensor([sampler.shared_noise or i < riders for _, i in names])
+        two = (plan.rollouts >= LARGE).tolist()
+        on_trunk = torch.tensor([sampler.shared_noise or i < 1 + (two[p] and not matching) for p, i in names])
         leaves[on_trunk] = sampler.steps if matching else plan.leaves[prompt[on_trunk]]
         x[on_trunk] = trunk.latents[prompt[on_trunk], leaves[on_trunk]]
 

@@ -155,7 +155,9 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
         (["analyze", "run", "--image", "3"], "command line: --image is not an option; did you mean --images\\?"),
         (["analyze", "run", "--images", "0"], "analyze: argument --images: must be a whole .* least 1, not '0'"),
         (["analyze", "run", "--prob.rows", "3"], "prob is not a setting; did you mean probe.rows\\?"),
-        (["analyze", "world", "--probe.layers", "a"], "probe.layers: should be a list, such as \\[a\\], got 'a'"),
+        (["analyze", "world", "--probe.layers", "a"], "probe.layers: should be a list, such as \\[a, b\\], got 'a'"),
+        (["analyze", "world", "--eval-images", "3"], "eval_images: analyze takes it as --images"),
+        (["analyze", "world", "--model.path", "a"], "model.path: analyze takes it as MODEL"),
         (["world"], "world: the following arguments are required: pretrain, OUT"),
         (["world", "pretrian", "out"], "world: argument pretrain: invalid choice: 'pretrian' .*'?pretrain'?.*"),
         (["world", "pretrain", "out", "--steps", "0"], "world: argument --steps: must be a whole .* least 1, not '0'"),
@@ -434,12 +436,12 @@ BESIDES = ("base probe", "spread of reward", "evaluations in all", "base probes 
 
 @pytest.mark.parametrize(
     ("recipe", "rows", "costs", "besides"),
-    [  # a prompt's first two rollouts begin on its probe, and save a step at least; under awm one does, and saves all
-        (GUIDED, (50, 3, 150, 4, 6), (2 * (400 - 8), 64, 1200, 2048), (64, 0, 14_336, 448)),
+    [  # a prompt's first rollout begins on its probe: there it saves a step, and under awm all of them
+        (GUIDED, (50, 3, 150, 4, 6), (2 * (400 - 4), 64, 1200, 2056), (64, 0, 14_392, 448)),
         (PLAIN, (24, 4, 96, 2, 2), (120, 0, 288, 408), (0, 0, 4_080, 0)),
-        (PROBED, (96, 2, 192, 2, 4), (960 - 16, 80, 768, 1792), (80, 0, 5_376, 240)),
+        (PROBED, (96, 2, 192, 2, 4), (960 - 8, 80, 768, 1800), (80, 0, 5_400, 240)),
         (MATCHED, (96, 2, 192, 2, 4), (960 - 80, 80, 960, 1920), (80, 0, 5_760, 240)),
-        (SPLIT, (96, 4, 384, 2, 8), (960 - 16, 80, 1536, 2560), (80, 0, 2_560, 80)),
+        (SPLIT, (96, 4, 384, 2, 8), (960 - 8, 80, 1536, 2568), (80, 0, 2_568, 80)),
         (SHARED, (96, 2, 192, 2, 4), (960 - 96, 8, 576, 1448), (0, 3 * 4 * (6 * 45 + 9), 36_200 + 3_348, 0)),
     ],
     ids=["guided", "plain", "probed", "matched", "split", "shared"],

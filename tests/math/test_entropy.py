@@ -185,3 +185,14 @@ def test_sixty_four_rows_of_512_estimate_the_mean_of_all():
 def test_heads_that_cannot_be_grouped_are_our_own_mistake():
     with pytest.raises(AssertionError, match="4 query heads cannot share 3 key heads"):
         attention_entropy(randn(1, 4, 3, 2), randn(1, 3, 5, 2))
+
+
+def test_no_keys_one_key_and_a_mask_for_all_keys_at_once():
+    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    for method in ("rows", "lse"):
+        assert attention_entropy(q, k[:, :, :0], method=method).tolist() == [[[0.0] * 3] * 2]
+        assert attention_entropy(1e30 * q, 1e30 * k[:, :, :1], method=method).tolist() == [[[0.0] * 3] * 2]
+        whole = attention_entropy(q, k, method=method, normalise=True)
+        assert whole.min() > 0
+        for mask in (torch.ones(3, 1, dtype=torch.bool), torch.zeros(1, 1, 3, 1)):
+            torch.testing.assert_close(attention_entropy(q, k, mask=mask, method=method, normalise=True), whole)

@@ -147,14 +147,15 @@ class AttentionProbe(TorchFunctionMode):
             for name, module in layers.items():
                 stack.callback(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._leave).remove)
+            stack.push(super().__exit__)
+            super().__enter__()
             self._undo = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._running is not None:  # an error has left the layer unfinished
-            self._stop()
+        self._running = None
         self._undo.__exit__(kind, error, trace)
 
     def __torch_function__(
@@ -172,23 +173,16 @@ class AttentionProbe(TorchFunctionMode):
         encoder = encoder[0] if isinstance(encoder, tuple) else encoder  # beside it, an image prompt's
         self._running = _Running(name, module, hidden, None if encoder is hidden else encoder)
         self._shown = False
-        super().__enter__()  # here and no earlier: between attention layers torch's calls are nobody's business
 
     def _leave(self, *_: Any) -> None:
-        if (running := self._running) is None:
-            return
-        self._stop()
-        if not self._shown and self._wanted(running.name):
+        running, self._running = self._running, None
+        if running is not None and not self._shown and self._wanted(running.name):
             processor = type(running.module.processor).__name__
             raise ValueError(
                 f"probe: {running.name} computes its attention by {processor}, which hides its queries and keys; take "
                 "one that calls scaled_dot_product_attention, by set_attn_processor(AttnProcessor2_0()) or "
                 "set_attention_backend('native')"
             )
-
-    def _stop(self) -> None:
-        self._running = None
-        super().__exit__(None, None, None)
 
     def _wanted(self, name: str) -> bool:
         return not self.patterns or any(fnmatchcase(name, pattern) for pattern in self.patterns)
