@@ -60,7 +60,7 @@ class AttentionProbe(TorchFunctionMode):
 
         with AttentionProbe(pipe.transformer, layers=("transformer_blocks.1?.attn",)) as probe, torch.no_grad():
             pipe.transformer(...)
-        entropy = probe.entropy()  # (layers, B), and probe.layers says which is which
+        entropy = probe.entropy()  # (layers, B), given once; probe.layers says which is which
 
     Args:
         network: a diffusers model; it, or blocks of it, may be compiled.
@@ -120,7 +120,10 @@ class AttentionProbe(TorchFunctionMode):
         They are in the order in which they ran, those of one forward after those of another; `layers` then names them.
         """
         if not self._read:
-            raise ValueError(f"probe: no attention layer has run that has {self.queries} queries and {self.keys} keys")
+            raise ValueError(
+                f"probe: no attention layer has run that has {self.queries} queries and {self.keys} keys, or entropy() "
+                "was called before and gave what there was"
+            )
         self.layers = [layer for layer, _ in self._read]
         for layer in self.layers if not self.queries == self.keys == "all" else ():
             if layer.kind == "self" and layer.queries not in self._images:
