@@ -41,7 +41,6 @@ PAPER = {
     "time": 1.11,
     "memory": 1.03,
 }  # FLUX.1-dev on DanceGRPO: 469 -> 521 s a step, 33.5 -> 34.5 GB (arXiv 2602.06825)
-MAIN = ("aegpo-paper", "aegpo-paper, trunk shared")  # the rows that are compared with the paper's
 COMMON = {
     "prompts_per_step": 48,  # of a step as Flow-GRPO publishes it (arXiv 2505.05470)
     "rollouts_per_step": 576,  # 12 a prompt in the mean, as AEGPO's 8 and 16 make it
@@ -163,16 +162,18 @@ def measure_peak(name: str, how: str, given: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--pairs", type=int, default=9, help="of the rows beside the paper's; others have 7")
+    parser.add_argument("--pairs", type=int, default=9, help="of steps, in each row")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.peak:
         print(measure_peak(*asked.peak))
         return
     code = {"commit": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain", ".")}
-    rows = {name: pairs(name, asked.pairs if name in MAIN else 7) for name in SETTINGS}
-    rows["aegpo-paper, trunk shared, beside a walked one"] = pairs("aegpo-paper, trunk shared", 7, other="walked")
-    rows["aegpo-paper, first visit"] = pairs("aegpo-paper", 7, one="first visit")
+    rows = {name: pairs(name, asked.pairs) for name in SETTINGS}
+    rows["aegpo-paper, trunk shared, beside a walked one"] = pairs(
+        "aegpo-paper, trunk shared", asked.pairs, other="walked"
+    )
+    rows["aegpo-paper, first visit"] = pairs("aegpo-paper", asked.pairs, one="first visit")
     plan = Step("aegpo-paper").plan
     peaks = {how: float(np.median([peak("aegpo-paper", how, plan) for _ in range(3)])) for how in ("probed", "plain")}
     results = {

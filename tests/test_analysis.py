@@ -332,13 +332,7 @@ def test_a_model_before_training(tmp_path, capsys):
 def test_settings_say_how_a_model_is_sampled_and_what_is_read_of_it(run, tmp_path, capsys):
     (tmp_path / "three.txt").write_text("".join(f"{prompt.text}\n" for prompt in PROMPTS))
     words = ["--prompts", str(tmp_path / "three.txt"), "--images", "1", "--out", str(tmp_path / "out")]
-    said = [
-        "--sampler.steps",
-        "3",
-        "--sampler.guidance=2",
-        "--probe.layers",
-        "[transformer_blocks.1.attn]",
-    ]
+    said = ["--sampler.steps=3", "--sampler.guidance=2", "--probe.layers", "[transformer_blocks.1.attn]"]
     assert main(["analyze", "world", *words, *said, "--probe.normalise", "true"]) == 0
     found = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert (found["steps"], found["guidance"]) == (3, 2)

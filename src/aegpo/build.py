@@ -184,13 +184,9 @@ def analyze(
     given = {"prompts": {"eval": prompts}} if prompts else {}
     given |= {"reward": reward} if reward else {}
     given |= {"eval_images": images}
-    for setting, instead in {"model.path": "MODEL", "prompts.eval": "--prompts", "eval_images": "--images"}.items():
-        group, _, name = setting.rpartition(".")
-        if name in ((settings or {}).get(group, {}) if group else settings or {}):
-            raise ValueError(f"{setting}: analyze takes it as {instead}")
     over = (dict(settings or {}), given)
-    plain = {"model": {"path": model}, "allocation": {"rule": "uniform"}, "exploration": {"rule": "all"}}
-    config = _config(run, *over) if trained else resolve(plain, *over)
+    plain = {"allocation": {"rule": "uniform"}, "exploration": {"rule": "all"}}  # these are not used, so never wrong
+    config = _config(run, *over) if trained else resolve(plain, *over, {"model": {"path": model}})
     asked = _prompts(config.prompts.eval, "eval", config)
     judge = _reward(config, {"eval": asked})
     found = _checkpoints(run) if trained else []

@@ -36,6 +36,7 @@ Align diffusion and flow models with human preference by online reinforcement le
 """
 TRAIN_OPTIONS = ("--help", "--dry-run", "--resume", "--overwrite")
 ANALYZE_OPTIONS = ("--help", "--prompts", "--reward", "--images", "--out")
+ANALYZE_TAKES = {"model.path": "MODEL", "prompts.eval": "--prompts", "eval_images": "--images"}  # settings, as these
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -174,6 +175,9 @@ def _analyze(words: list[str]) -> None:
     parser.add_argument("--images", type=_whole(1), metavar="N", default=4, help="images for each prompt (default: 4)")
     where = "where to write analysis.html and analysis.json (default: RUN/analysis, or runs/analysis)"
     parser.add_argument("--out", type=_text, metavar="DIR", help=where)
+    for name in (_setting(word) for word in words if word.startswith("--")):
+        if name in ANALYZE_TAKES:
+            raise ValueError(f"{name}: analyze takes it as {ANALYZE_TAKES[name]}")
     own, overrides = _split(words, ANALYZE_OPTIONS)
     asked = parser.read(own)
     from aegpo.build import analyze
@@ -218,13 +222,18 @@ def _override(option: str, text: str, options: Sequence[str]) -> dict[str, Any]:
     """The setting `--a.b-c` as {"a": {"b_c": value}}, even an unknown one: `resolve` says what it should have been."""
     from aegpo.config import settings
 
-    name = option.removeprefix("--").replace("-", "_")
+    name = _setting(option)
     if name not in settings() and difflib.get_close_matches(option, options, cutoff=0.75):
         raise ValueError(f"command line: {option} is not an option{_did_you_mean(option, options)}")
     if name in settings() and not text:
         raise ValueError(f"command line: {name} needs a value")
     keys = name.split(".")
     return functools.reduce(lambda inner, key: {key: inner}, reversed(keys), _value(keys, text))
+
+
+def _setting(word: str) -> str:
+    """The name of the setting that a word, `--a.b-c` or `--a.b-c=VALUE`, is about: `a.b_c`."""
+    return word.partition("=")[0].removeprefix("--").replace("-", "_")
 
 
 def _value(keys: list[str], text: str) -> Any:

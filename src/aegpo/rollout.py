@@ -22,7 +22,7 @@ from aegpo.types import Conditions, Plan, Prompt, Rollouts, Signals, Transitions
 
 ROLLOUT, TRUNK, EVALUATION, SPREAD = 0, 1, 2, 6  # what noise is for: the first number of its key
 
-LARGE = 8  # rollouts of a prompt, of which two begin on its trunk
+LARGE = 8  # a group of so many rollouts or more has two that begin on its trunk, a smaller one has one
 
 
 def noise(shape: tuple[int, ...], *key: int) -> Tensor:
@@ -150,8 +150,8 @@ def collect(
     x = _first_latents(model, [(*key, 0) for key in keys])
     leaves = torch.full_like(prompt, -1)  # the step at which a rollout leaves its trunk: most were never on one
     if trunk is not None:
-        two = (plan.rollouts >= LARGE).tolist()
-        on_trunk = torch.tensor([sampler.shared_noise or i < 1 + (two[p] and not matching) for p, i in names])
+        riders = [2 if count >= LARGE and not matching else 1 for count in plan.rollouts.tolist()]
+        on_trunk = torch.tensor([sampler.shared_noise or i < riders[p] for p, i in names])
         leaves[on_trunk] = sampler.steps if matching else plan.leaves[prompt[on_trunk]]
         x[on_trunk] = trunk.latents[prompt[on_trunk], leaves[on_trunk]]
 

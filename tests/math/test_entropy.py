@@ -188,10 +188,12 @@ def test_heads_that_cannot_be_grouped_are_our_own_mistake():
 
 
 def test_no_keys_one_key_and_a_mask_for_all_keys_at_once():
-    q, k = torch.randn(1, 2, 3, 4), torch.randn(1, 2, 5, 4)
+    q, k = randn(1, 2, 3, 4).float(), randn(1, 2, 5, 4).float()
     for method in ("rows", "lse"):
         assert attention_entropy(q, k[:, :, :0], method=method).tolist() == [[[0.0] * 3] * 2]
-        assert attention_entropy(1e30 * q, 1e30 * k[:, :, :1], method=method).tolist() == [[[0.0] * 3] * 2]
+        for normalise in (False, True):
+            one = attention_entropy(1e30 * q, 1e30 * k[:, :, :1], method=method, normalise=normalise)
+            assert one.tolist() == [[[0.0] * 3] * 2]
         whole = attention_entropy(q, k, method=method, normalise=True)
         assert whole.min() > 0
         for mask in (torch.ones(3, 1, dtype=torch.bool), torch.zeros(1, 1, 3, 1)):

@@ -63,12 +63,12 @@ def attention_entropy(
     if rows is not None:
         q = q.index_select(2, rows)
         bias = bias if bias is None or bias.shape[2] == 1 else bias.index_select(2, rows)
-    if keys < 2:
-        return q.new_zeros(q.shape[:3], dtype=dtype)
     q, k = q.to(dtype), k.to(dtype)
     factor = dim**-0.5 if scale is None else scale
     with torch.autocast(q.device.type, enabled=False):
         match method:
+            case "rows" | "lse" if keys < 2:
+                entropy = q.new_zeros(q.shape[:3])
             case "rows":
                 stacked = q.reshape(batch, key_heads, -1, dim)  # the query heads of one key head, along the rows
                 logits = (stacked @ k.mT * factor).reshape(*q.shape[:3], keys)
@@ -82,7 +82,7 @@ def attention_entropy(
             case _:
                 raise ValueError(f"method must be one of {', '.join(get_args(Method))}, not {method!r}")
     if bias is None:
-        return entropy / math.log(keys) if normalise else entropy
+        return entropy / math.log(max(keys, 2)) if normalise else entropy
     seen = (bias > HIDDEN).expand(*bias.shape[:-1], keys).sum(-1).expand(entropy.shape)
     entropy = torch.where(seen > 1, entropy, 0.0)
     return entropy / seen.clamp(min=2).to(dtype).log() if normalise else entropy
