@@ -361,6 +361,24 @@ def test_the_probe_reads_what_the_settings_name(model):
         assert (read[name] - read["all"]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("most", [1, 4, 7, 16, 96])
+def test_no_forward_holds_more_than_a_micro_batch_and_those_of_a_step_are_alike(model, monkeypatch, most):
+    held, predict = {}, model.predict
+
+    def counting(x, sigma, *others):
+        held.setdefault(sigma.item(), []).append(len(x))
+        return predict(x, sigma, *others)
+
+    monkeypatch.setattr(model, "predict", counting)
+    rollouts(model, most)
+    assert len(held) == 6
+    for sizes in held.values():
+        assert sum(sizes) == 10
+        assert len(sizes) == -(-10 // most)  # as few as can be
+        assert max(sizes) <= most
+        assert max(sizes) - min(sizes) <= 1
+
+
 # ---------------------------------------------------------------- the trunk
 
 

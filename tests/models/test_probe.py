@@ -327,6 +327,7 @@ def test_an_error_may_be_caught_and_the_forward_tried_again(network):
         probe.entropy()  # what the layer was read before it failed
         run(network, inputs)
         again = probe.entropy()
+    assert torch._C._len_torch_function_stack() == 0  # nothing watches torch any more
     with AttentionProbe(network) as probe:
         run(network, inputs)
     assert torch.equal(again, probe.entropy())
