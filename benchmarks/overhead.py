@@ -5,7 +5,8 @@ python benchmarks/overhead.py [--json FILE] [--pairs N]
 Both do the same plan: rollouts, reward, update. One probes first, and lets rollouts begin where the probe has been. The
 other has no trunk: each rollout is drawn from a first latent of its own, which costs what it costs from a shared one. A
 row of its own sets the probe beside a trunk that is walked without reading, as `sampler.shared_noise` does it where no
-rule asks for entropy. Steps take turns within one run, and what counts is the median ratio of a pair. The base policy's
+rule asks for entropy. Steps take turns within one run, and what counts is the median ratio of a pair. The update is the
+same computation in both steps of a pair, and counts in both with their mean time. The base policy's
 entropies are known by then, as they are from a prompt's second visit on; what the first visit costs is a row too. What
 measuring the spread of reward costs, every tenth step under `aegpo`, is no part of this (`--dry-run` says it). Peak
 memory is that of a process that does nothing else.
@@ -93,8 +94,8 @@ class Step:
     def probe(self) -> Any:
         return probe(self.model, self.batch, self.conditions, self.config, 0, self.memory)
 
-    def take(self, how: str) -> tuple[float, int]:
-        """Seconds, and network evaluations x samples."""
+    def take(self, how: str) -> tuple[float, float, int]:
+        """Seconds of drawing and of the update, and network evaluations x samples."""
         began, before = time.perf_counter(), self.model.forwards
         match how:
             case "probed":
@@ -109,12 +110,18 @@ class Step:
         drawn = collect(self.model, self.batch, self.conditions, self.plan, self.config, 0, trunk)
         asked = [self.batch[i] for i in drawn.group.tolist()]
         judged = self.reward(drawn.images, [p.text for p in asked], [p.metadata for p in asked])
+        synchronize()
+        drew = time.perf_counter()
         advantage = group_advantages(torch.from_numpy(judged.score), drawn.group) + 1e-3  # no row is left out
         rows = drawn.transitions.with_advantages(advantage.to(self.model.device))
         update(self.config, self.model, self.optimizer, rows, self.conditions, 0, Silent())
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - began, self.model.forwards - before
+        synchronize()
+        return drew - began, time.perf_counter() - drew, self.model.forwards - before
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 class Silent:
@@ -130,8 +137,9 @@ def pairs(name: str, count: int, one: str = "probed", other: str = "plain") -> d
     step, ratios, forwards = Step(name), [], [0, 0]
     for i in range(count + 1):
         taken = {how: step.take(how) for how in ((one, other) if i % 2 else (other, one))}
-        forwards = [taken[one][1], taken[other][1]]
-        ratios.append(taken[one][0] / taken[other][0])
+        forwards = [taken[how][2] for how in (one, other)]
+        update = np.mean([taken[how][1] for how in (one, other)])
+        ratios.append((taken[one][0] + update) / (taken[other][0] + update))
     low, median, high = np.quantile(ratios[1:], [0.25, 0.5, 0.75])
     return {
         "time_ratio": median,

@@ -22,7 +22,7 @@ from aegpo.types import Conditions, Plan, Prompt, Rollouts, Signals, Transitions
 
 ROLLOUT, TRUNK, EVALUATION, SPREAD = 0, 1, 2, 6  # what noise is for: the first number of its key
 
-LARGE = 8  # a group of so many rollouts or more has two that begin on its trunk, a smaller one has one
+RIDERS = 4  # one in so many rollouts of a group begins on its trunk, one of them in any case
 
 
 def noise(shape: tuple[int, ...], *key: int) -> Tensor:
@@ -122,9 +122,9 @@ def collect(
     """Draw the rollouts that the plan asks for, and keep what they explored.
 
     A rollout that starts from its prompt's own noise is the trunk until it explores, so it begins there, with the
-    velocity that the trunk had there. With a trunk, the first rollout of each prompt does so, in a group of eight or
-    more (LARGE) the first two, and under `sampler.shared_noise` all; the others start from noises of their own. Two of
-    a small group would hide how much first noises differ in reward. Where rollouts are ODE, two would be one image.
+    velocity that the trunk had there. With a trunk, a quarter of each group does so (RIDERS), and under
+    `sampler.shared_noise` all; the others start from noises of their own, since a group that shares one does not show
+    how much first noises differ in reward. Where rollouts are ODE, only the first is on it: two would be one image.
 
     Args:
         model: the policy.
@@ -150,7 +150,7 @@ def collect(
     x = _first_latents(model, [(*key, 0) for key in keys])
     leaves = torch.full_like(prompt, -1)  # the step at which a rollout leaves its trunk: most were never on one
     if trunk is not None:
-        riders = [2 if count >= LARGE and not matching else 1 for count in plan.rollouts.tolist()]
+        riders = [1 if matching else max(1, count // RIDERS) for count in plan.rollouts.tolist()]
         on_trunk = torch.tensor([sampler.shared_noise or i < riders[p] for p, i in names])
         leaves[on_trunk] = sampler.steps if matching else plan.leaves[prompt[on_trunk]]
         x[on_trunk] = trunk.latents[prompt[on_trunk], leaves[on_trunk]]
