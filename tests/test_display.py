@@ -25,8 +25,8 @@ def lines(quiet, monkeypatch):
 def test_without_a_terminal_there_is_a_line_an_evaluation_and_one_when_it_was_quiet_for_long(monkeypatch):
     first = "step    0: held-out reward 0.500, pass rate 25.0%  (1,200 forwards, 1 s)"
     assert lines(1000, monkeypatch) == [first, first.replace("0:", "2:", 1)]
-    between = "step    1: reward 0.750  (2,400 forwards, 3 s)"
-    assert lines(-1, monkeypatch) == [first, between, first.replace("0:", "2:", 1)]
+    between = ["rollouts: 8 of 8", "step    1: reward 0.750  (2,400 forwards, 3 s)"]
+    assert lines(-1, monkeypatch) == [first, *between, first.replace("0:", "2:", 1)]
 
 
 def test_a_piece_of_work_without_a_terminal_is_a_line_only_when_it_was_quiet_for_long(monkeypatch):

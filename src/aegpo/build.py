@@ -59,14 +59,13 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
         _refuse_existing(folder, overwrite)
     else:
         _refuse_another_course(start, config)
-    prompts = _prompts(config.prompts.train, "train", config)
-    held_out = _prompts(config.prompts.eval, "eval", config)
+    prompts, held_out = _prompts(config, "train"), _prompts(config, "eval")
     if len(prompts) < config.prompts_per_step:
         raise ValueError(
             f"prompts_per_step: a step takes {config.prompts_per_step} prompts, but {config.prompts.train} holds "
             f"{len(prompts)}; lower it (and rollouts_per_step), or give more prompts"
         )
-    reward = _reward(config, {"train": prompts, "eval": held_out})
+    reward = _reward(config, {_where(config, "train"): prompts, _where(config, "eval"): held_out})
     model = load(config.model, config.seed)
     if needs_probe(config):  # what it cannot read of this model is said before anything is written
         entropy_curves(model, prompts[:1], model.encode([prompts[0].text]), config)
@@ -133,20 +132,22 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
     image.save(out)
 
 
-def evaluate(run: Path, prompts: str | None = None, images: int | None = None) -> dict[str, float]:
-    """Evaluate a run's newest checkpoint on its held-out prompts, or on others.
+def evaluate(
+    run: Path, prompts: str | None = None, reward: str | None = None, images: int | None = None
+) -> dict[str, float]:
+    """Evaluate a run's newest checkpoint, on its held-out prompts and by its reward, or by others.
 
     Raises:
-        ValueError: there is no such run or it has no checkpoint, or the prompts cannot be read.
+        ValueError: there is no such run or it has no checkpoint, or the prompts or the reward cannot be used.
     """
-    given = {"prompts": {"eval": prompts}} if prompts else {}
-    config = _config(run, given, {"eval_images": images} if images else {})
-    held_out = _prompts(config.prompts.eval, "eval", config)
+    config = _config(run, _given(prompts, reward), {"eval_images": images} if images else {})
+    where = _where(config, "eval", prompts and "--prompts")
+    held_out = _prompts(config, "eval", where)
     newest = _checkpoints(run)[-1]
-    reward = _reward(config, {"eval": held_out})
+    judge = _reward(config, {where: held_out})
     model = load(config.model, config.seed)
     checkpoint.load_weights(newest, model.trainable)
-    return evaluate_policy(config, model, held_out, reward)
+    return evaluate_policy(config, model, held_out, judge)
 
 
 def analyze(
@@ -181,14 +182,12 @@ def analyze(
             f"{model} is not the folder of a run (it holds no config.yaml), and any other model needs --prompts: a "
             f".txt with one prompt a line, or a .jsonl"
         )
-    given = {"prompts": {"eval": prompts}} if prompts else {}
-    given |= {"reward": reward} if reward else {}
-    given |= {"eval_images": images}
-    over = (dict(settings or {}), given)
+    over = (dict(settings or {}), _given(prompts, reward), {"eval_images": images})
     plain = {"allocation": {"rule": "uniform"}, "exploration": {"rule": "all"}}  # these are not used, so never wrong
     config = _config(run, *over) if trained else resolve(plain, *over, {"model": {"path": model}})
-    asked = _prompts(config.prompts.eval, "eval", config)
-    judge = _reward(config, {"eval": asked})
+    where = _where(config, "eval", prompts and "--prompts")
+    asked = _prompts(config, "eval", where)
+    judge = _reward(config, {where: asked})
     found = _checkpoints(run) if trained else []
     policy = load(config.model, config.seed)
     for folder in found:
@@ -198,7 +197,9 @@ def analyze(
 
     console = Console()
     stages = 1 + sum(checkpoint.step_of(folder) > 0 for folder in found)
-    with bar("analysis", evaluations(config, len(asked), stages), console) as advance:
+    cost = evaluations(config, len(asked), stages)
+    console.print(f"{len(asked)} prompts, {cost:,} network evaluations; written when all is done", highlight=False)
+    with bar("analysis", cost, console) as advance:
         measured = measure(config, policy, asked, judge, found, advance)
     page = write_analysis(out, config, run.resolve().name, measured)
     for table in _correlations(measured):
@@ -233,20 +234,24 @@ def _config(run: Path, *layers: dict[str, Any]) -> Config:
     return resolve(own, *layers)
 
 
+def _given(prompts: str | None, reward: str | None) -> dict[str, Any]:
+    """The settings behind `--prompts` and `--reward`, where they are given."""
+    return ({"prompts": {"eval": prompts}} if prompts else {}) | ({"reward": reward} if reward else {})
+
+
 def _reward(config: Config, prompts: dict[str, list[Prompt]]) -> rewards.Reward:
-    """The reward, tried on a black and a white picture for a prompt of each split."""
+    """The reward, tried on a black and a white picture for a prompt of each set; sets are named as errors name them."""
     if config.reward == "world":
         for prompt in itertools.chain(*prompts.values()):
             world.requested(prompt.text, prompt.metadata)
     reward = rewards.load(config.reward)
     black_and_white = np.zeros((2, 32, 32, 3), np.uint8)
     black_and_white[1] = 255
-    for split, part in prompts.items():
+    for where, part in prompts.items():
         try:
             reward(black_and_white, [part[0].text] * 2, [part[0].metadata] * 2)
         except ValueError as error:
-            source = getattr(config.prompts, split)
-            raise ValueError(f"{error} (tried on a prompt of prompts.{split}: {source})") from error
+            raise ValueError(f"{error} (tried on a prompt of {where})") from error
     return reward
 
 
@@ -258,9 +263,15 @@ def _checkpoints(run: Path) -> list[Path]:
     return found
 
 
-def _prompts(source: str, split: str, config: Config) -> list[Prompt]:
-    prompts = load_prompts(source, split)
-    _check_words(config, [prompt.text for prompt in prompts], f"prompts.{split}: {source}")
+def _where(config: Config, split: str, option: str | None = None) -> str:
+    """How errors name a set of prompts: the setting, or the option that gave it, and the file."""
+    return f"{option or f'prompts.{split}'}: {getattr(config.prompts, split)}"
+
+
+def _prompts(config: Config, split: str, where: str = "") -> list[Prompt]:
+    where = where or _where(config, split)
+    prompts = load_prompts(getattr(config.prompts, split), split, where)
+    _check_words(config, [prompt.text for prompt in prompts], where)
     return prompts
 
 

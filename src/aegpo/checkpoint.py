@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def step_of(folder: Path) -> int:
 
 def how_to_resume(run: Path) -> str:
     """The command that goes on from a run's newest checkpoint."""
-    return f"aegpo train --resume latest --output-dir {shlex.quote(str(run))}"
+    typed = sys.argv[0] if Path(sys.argv[0]).name == "aegpo" and shutil.which("aegpo") is None else "aegpo"
+    return f"{typed} train --resume latest --output-dir {shlex.quote(str(run))}"
 
 
 def drop_after(run: Path, step: int) -> None:

@@ -26,7 +26,7 @@ Align diffusion and flow models with human preference by online reinforcement le
 
   aegpo train [RECIPE] [--a.b VALUE ...] [--dry-run] [--resume latest|PATH] [--output-dir DIR] [--overwrite]
   aegpo sample RUN --prompt "a red circle above a blue square" --out x.png [--seed 0]
-  aegpo eval RUN [--prompts FILE] [--images N]
+  aegpo eval RUN [--prompts FILE] [--reward NAME] [--images N]
   aegpo report RUN
   aegpo analyze MODEL [--prompts FILE] [--reward NAME] [--images N] [--out DIR] [--a.b VALUE ...]
   aegpo world pretrain OUT [--steps N] [--seed N]
@@ -139,14 +139,16 @@ def _sample(words: list[str]) -> None:
 
 
 def _evaluate(words: list[str]) -> None:
-    parser = _Parser("eval", "Judge the weights of a run by its reward, on held-out prompts.")
+    parser = _Parser("eval", "Judge the weights of a run, on held-out prompts.")
     parser.add_argument("RUN", type=_run_folder, help="the folder of a run")
     parser.add_argument("--prompts", type=_text, metavar="FILE", help="a .txt or .jsonl (default: the run's own)")
+    judge = "world, or FILE.py:FUNCTION (default: the run's own)"
+    parser.add_argument("--reward", type=_text, metavar="NAME", help=judge)
     parser.add_argument("--images", type=_whole(1), metavar="N", help="images for each prompt (default: the run's own)")
     asked = parser.read(words)
     from aegpo.build import evaluate
 
-    for name, value in evaluate(asked.RUN, asked.prompts, asked.images).items():
+    for name, value in evaluate(asked.RUN, asked.prompts, asked.reward, asked.images).items():
         print(f"{name:<32} {value:.4f}")
 
 
@@ -183,7 +185,10 @@ def _analyze(words: list[str]) -> None:
     from aegpo.build import analyze
 
     out = Path(asked.out) if asked.out else None
-    analyze(asked.MODEL, asked.prompts, asked.reward, asked.images, out, overrides)
+    try:
+        analyze(asked.MODEL, asked.prompts, asked.reward, asked.images, out, overrides)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; nothing was written") from None
 
 
 def _world(words: list[str]) -> None:

@@ -12,18 +12,19 @@ from aegpo.types import Prompt
 DRAW = 5  # what a random choice is for: the first number of its key
 
 
-def load_prompts(source: str, split: str) -> list[Prompt]:
+def load_prompts(source: str, split: str, where: str = "") -> list[Prompt]:
     """Read prompts.
 
     Args:
         source: `world` for the embedded prompts, a .txt with one prompt a line (empty lines are skipped), or a .jsonl
             whose objects hold `prompt` and any metadata the reward may want.
-        split: `train` or `eval`: which of the world's sets; also names the setting in errors.
+        split: `train` or `eval`: which of the world's sets.
+        where: what errors say first; by default the setting, `prompts.eval: FILE` for one.
 
     Raises:
         ValueError: the file is missing, empty, not UTF-8, or a line of it is not a prompt.
     """
-    where = f"prompts.{split}: {source}"
+    where = where or f"prompts.{split}: {source}"
     if source == "world":
         from aegpo import world
 

@@ -20,6 +20,7 @@ class Display:
         self.bars = _bars(self.console)
         self.whole = self.bars.add_task("training", total=steps, note="")
         self.phase = self.bars.add_task("", total=None, note="", visible=False)
+        self._now, self._done, self._total = "", 0, 0  # the phase, and how far it is
         self._before = (time.monotonic(), 0)
         self._said = time.monotonic()
 
@@ -35,10 +36,13 @@ class Display:
     def begin(self, what: str, total: int) -> None:
         """A phase begins: so many pieces of this work lie ahead."""
         self.bars.reset(self.phase, total=total, description=what, visible=True)
+        self._now, self._done, self._total = what, 0, total
 
     def advance(self, count: int) -> None:
         """So many of them are done."""
         self.bars.advance(self.phase, count)
+        self._done += count
+        self._say_if_quiet(f"{self._now}: {self._done:,} of {self._total:,}")
 
     def step(self, metrics: dict[str, Any]) -> None:
         """A training step, or an evaluation, is over."""
@@ -51,8 +55,13 @@ class Display:
         if "eval/reward_mean" in metrics:
             passed = f", pass rate {metrics['eval/pass_rate']:.1%}" if "eval/pass_rate" in metrics else ""
             self._say(f"step {metrics['step']:>4}: held-out reward {metrics['eval/reward_mean']:.3f}{passed}  {cost}")
-        elif not self.console.is_terminal and now - self._said > QUIET:
-            self._say(f"step {metrics['step']:>4}: {note}{cost}")
+        else:
+            self._say_if_quiet(f"step {metrics['step']:>4}: {note}{cost}")
+
+    def _say_if_quiet(self, line: str) -> None:
+        """Where there are no bars, and nothing was said for long."""
+        if not self.console.is_terminal and time.monotonic() - self._said > QUIET:
+            self._say(line)
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False)

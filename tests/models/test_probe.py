@@ -339,13 +339,16 @@ def test_an_error_may_be_caught_and_the_forward_tried_again(network):
         ({"queries": "images"}, "queries must be one of image, text, all, not 'images'"),
         ({"keys": "latent"}, "keys must be one of image, text, all, not 'latent'"),
         ({"half": "first"}, "half must be one of both, unconditional, conditional, not 'first'"),
-        ({"rows": 0}, "rows must be at least 1, not 0"),
-        ({"layers": "blocks.*"}, r"layers must be a sequence of names, such as \('blocks.\*',\), not a text"),
+        ({"rows": 0}, "rows must be a whole number of at least 1, not 0"),
+        ({"rows": 1.5}, "rows must be a whole number of at least 1, not 1.5"),
+        ({"layers": "blocks.*"}, r"layers must be a sequence of names, such as \('blocks.\*',\), not 'blocks.\*'"),
+        ({"layers": 3}, r"layers must be a sequence of names, such as \('trans.*',\), not 3"),
+        ({"network": object()}, "network must be a module, such as pipe.transformer, not object"),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(options, expected):
     with pytest.raises(ValueError, match=expected):
-        AttentionProbe(torch.nn.Linear(2, 2), **options)
+        AttentionProbe(**{"network": torch.nn.Linear(2, 2)} | options)
 
 
 @pytest.mark.parametrize("family", ["sd3"])
@@ -434,6 +437,25 @@ def test_a_layer_that_attends_more_than_once_is_refused(processor):
     given = {name: tokens.expand(2, -1, -1) for name, tokens in GIVEN.items()}
     with pytest.raises(ValueError, match="attn attends more than once, or sample by sample"), AttentionProbe(network):
         network(**given)
+
+
+class Within(AttnProcessor2_0):
+    """A layer that calls another one, which is a part of it, before it attends itself."""
+
+    def __call__(self, attn, hidden_states, **_):
+        return super().__call__(attn, attn.inner(hidden_states))
+
+
+def test_a_layer_inside_another_is_read_and_so_is_the_other(monkeypatch):
+    network = Layers(lambda attn, image, text: attn(image), processor=Within())
+    network.attn.inner = Attention(8, heads=2, dim_head=4)
+    with torch.no_grad(), AttentionProbe(network, queries="all") as probe:
+        network(**GIVEN)
+    calls = calls_of_attention(monkeypatch)
+    network(**GIVEN)
+    expected = torch.stack([entropy64(q, k).mean((1, 2)) for q, k, _ in calls])
+    torch.testing.assert_close(probe.entropy().double(), expected, atol=1e-5, rtol=0)
+    assert [layer.name for layer in probe.layers] == ["attn.inner", "attn"]
 
 
 def test_nothing_of_a_probe_is_left_when_it_ends_or_fails():

@@ -37,14 +37,16 @@ class Layer:
     queries: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Running:
-    """The attention layer that the network is in, and the tokens it was given."""
+    """The attention layer that the network is in, the tokens it was given, and the layer that it is a part of."""
 
     name: str
     module: Any
     hidden: Tensor
     encoder: Tensor | None
+    outer: "_Running | None"
+    shown: bool = False  # its queries and keys
 
 
 class AttentionProbe(TorchFunctionMode):
@@ -94,10 +96,13 @@ class AttentionProbe(TorchFunctionMode):
         for name, value, known in (("queries", queries, Tokens), ("keys", keys, Tokens), ("half", half, Half)):
             if value not in get_args(known):
                 raise ValueError(f"probe: {name} must be one of {', '.join(get_args(known))}, not {value!r}")
-        if rows < 1:
-            raise ValueError(f"probe: rows must be at least 1, not {rows}")
-        if isinstance(layers, str):
-            raise ValueError(f"probe: layers must be a sequence of names, such as ({layers!r},), not a text")
+        if not isinstance(network, nn.Module):
+            raise ValueError(f"probe: network must be a module, such as pipe.transformer, not {type(network).__name__}")
+        if not isinstance(rows, int) or rows < 1:
+            raise ValueError(f"probe: rows must be a whole number of at least 1, not {rows!r}")
+        if isinstance(layers, str) or not isinstance(layers, Sequence):
+            example = layers if isinstance(layers, str) else "transformer_blocks.1?.attn"
+            raise ValueError(f"probe: layers must be a sequence of names, such as ({example!r},), not {layers!r}")
         self.network = network
         self.rows = rows
         self.queries: Tokens = queries
@@ -108,7 +113,6 @@ class AttentionProbe(TorchFunctionMode):
         self.layers: list[Layer] = []
         self._read: list[tuple[Layer, Tensor]] = []
         self._running: _Running | None = None
-        self._shown = False  # whether the running layer has shown its queries and keys
         self._joined: tuple[int, int] = (0, 0)  # image and text tokens of the last layer that joined them,
         self._text_first: bool | None = None  # and in which order it did, once that is known
         self._images: set[int] = set()  # how many image tokens there were in layers that were given text apart
@@ -174,12 +178,15 @@ class AttentionProbe(TorchFunctionMode):
         given = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
         hidden, encoder = given["hidden_states"], given.get("encoder_hidden_states")
         encoder = encoder[0] if isinstance(encoder, tuple) else encoder  # beside it, an image prompt's
-        self._running = _Running(name, module, hidden, None if encoder is hidden else encoder)
-        self._shown = False
+        outer = self._running if self._running is not None and name.startswith(f"{self._running.name}.") else None
+        self._running = _Running(name, module, hidden, None if encoder is hidden else encoder, outer)
 
     def _leave(self, *_: Any) -> None:
-        running, self._running = self._running, None
-        if running is not None and not self._shown and self._wanted(running.name):
+        running = self._running
+        if running is None:
+            return
+        self._running = running.outer
+        if not running.shown and self._wanted(running.name):
             processor = type(running.module.processor).__name__
             raise ValueError(
                 f"probe: {running.name} computes its attention by {processor}, which hides its queries and keys; take "
@@ -241,11 +248,11 @@ class AttentionProbe(TorchFunctionMode):
     def _look(
         self, running: _Running, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
     ) -> None:
-        if self._wanted(running.name) and (self._shown or len(query) != len(running.hidden)):
+        if self._wanted(running.name) and (running.shown or len(query) != len(running.hidden)):
             raise ValueError(
                 f"probe: {running.name} attends more than once, or sample by sample; leave it out by probe.layers"
             )
-        self._shown = True
+        running.shown = True
         kind, queries, keys = self._tokens(running, query.shape[2], key.shape[2], value)
         if self.queries not in queries or self.keys not in keys or not self._wanted(running.name):
             return
