@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
 from aegpo import build, display, models, world
 from aegpo.adapt.memory import Memory
@@ -327,6 +328,30 @@ def test_a_model_before_training(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "gained" not in printed
     assert re.search(rf"^analysis: {re.escape(str(page))}$", printed, re.MULTILINE)
+
+
+def test_what_cannot_be_read_is_said_before_anything_is_drawn(tmp_path):
+    """Layers in which images look at themselves alone, and an analysis of those: there are no text keys."""
+    pipe = StableDiffusion3Pipeline.from_pretrained(world.path(), text_encoder_3=None, tokenizer_3=None)
+    how = dict(pipe.transformer.config) | {"dual_attention_layers": (0,)}
+    pipe.register_modules(transformer=SD3Transformer2DModel.from_config(how))
+    pipe.save_pretrained(tmp_path / "dual")
+    (tmp_path / "three.txt").write_text("".join(f"{prompt.text}\n" for prompt in PROMPTS))
+    (tmp_path / "mine.py").write_text(
+        "def score(images, prompts):\n"
+        "    assert images.shape[1] == images.shape[2] and set(images.flatten()) == {0, 255}, 'an image was drawn'\n"
+        "    return [0.0, 1.0]\n"
+    )
+    with pytest.raises(ValueError, match="no attention layer has run that has image queries and text keys"):
+        build.analyze(
+            str(tmp_path / "dual"),
+            str(tmp_path / "three.txt"),
+            f"{tmp_path}/mine.py:score",
+            images=1,
+            out=tmp_path / "out",
+            settings={"sampler": {"steps": 3, "guidance": 1}, "probe": {"layers": ["*.attn2"]}},
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_settings_say_how_a_model_is_sampled_and_what_is_read_of_it(run, tmp_path, capsys):

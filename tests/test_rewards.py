@@ -83,6 +83,7 @@ def test_the_world_reward_is_the_verifier():
         ("def score(images, prompts): return ['good', 'bad']", "returned something that is not numbers"),
         ("def score(images, prompts): return None", r"returned shape \(\) for 2 images"),
         ("def score(images, prompts): return [int('x')] * 2", "line 2: ValueError: invalid literal for int"),
+        ("def score(images, prompts): raise SystemExit('bye')", "line 2: SystemExit: bye"),
     ],
 )
 def test_an_answer_that_is_no_answer(tmp_path, body, message):

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from aegpo import checkpoint, rewards, world
 from aegpo.analysis import analyze as measure
-from aegpo.analysis import evaluations
+from aegpo.analysis import evaluations, read_entropy, with_noise
 from aegpo.config import Config, dump_yaml, load_yaml, needs_probe, resolve
 from aegpo.data import load_prompts
 from aegpo.display import Display, bar
@@ -192,6 +192,7 @@ def analyze(
     policy = load(config.model, config.seed)
     for folder in found:
         checkpoint.verify(folder, policy.trainable)
+    read_entropy(with_noise(config), policy, asked[:1], moved=False)  # what cannot be read is said before the long part
     out = out or (run if trained else Path("runs")) / "analysis"
     out.mkdir(parents=True, exist_ok=True)
 

@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; whatever its user got wrong is one line on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it remarks on torchvision, which nothing here uses
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # and on text encoders, for which an adapter has no weights
-    try:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # torch's threads, before it is loaded: they wait without holding a
+    try:  # core that others want; on a busy machine a step takes a third of the time, on an idle one the same
         _command(sys.argv[1:] if argv is None else list(argv))
     except KeyboardInterrupt as stop:
         return _say(str(stop) or "stopped", 130)
@@ -341,7 +342,8 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
         passes["before the update"] = 1
     evaluations, written = sum(passes.values()), " + ".join(f"{count} {what}" for what, count in passes.items())
     shared = config.sampler.shared_noise
-    branching = rollouts if shared else prompts * probed  # rollouts that begin on their prompt's trunk, at least,
+    riders = prompts if matching else max(prompts, math.ceil((rollouts - 3 * prompts) / 4))  # a quarter of each group
+    branching = rollouts if shared else riders * probed  # rollouts that begin on their prompt's trunk, at least,
     saved = branching * (steps if matching else 1)  # and what of them it has walked, at least
     trunk = prompts * (steps if probed else shared)  # with as many rollouts leaving it at once as can
     sampling, probe, training = twice * (rollouts * steps - saved), twice * trunk, twice * rows * evaluations
@@ -350,17 +352,18 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     measured = math.ceil(config.steps / SPREAD_EVERY) if config.exploration.rule == "reward_spread" else 0
     spread = twice * measured * few * (SPREAD_ROLLOUTS * steps * (steps - 1) // 2 + (steps - 1) * (not probed))
     base = probe * probed
-    from_trunk = f" - {branching} x {saved // max(branching, 1)} of a trunk" if saved else ""
+    from_trunk = f" - {branching} x {saved // branching} of a trunk" if saved else ""
+    least = ", at most" * (branching > 0 and not matching)  # of them, and of what they are spared
     return [
         ("rollouts", f"of {prompts} prompts", rollouts),
         ("explored steps", f"of each rollout: {config.exploration.rule}", explored),
         ("rows", f"{rollouts} rollouts x {explored} explored steps", rows),
         ("optimizer updates", "", updates),
         ("micro-batches", f"of at most {most} rows", batches),
-        ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{from_trunk}{guided}", sampling),
+        ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{from_trunk}{guided}{least}", sampling),
         ("trunk evaluations", f"{prompts} prompts x {trunk // prompts} steps{guided}" if trunk else "no trunk", probe),
         ("training evaluations", f"{rows} rows x ({written}){guided}, at most", training),
-        ("evaluations a step", "", step),
+        ("evaluations a step", "at most", step),
         ("base probe", "the same for the base, at a prompt's first visit" if probed else "no rule needs it", base),
         (
             "spread of reward",

@@ -458,6 +458,37 @@ def test_a_layer_inside_another_is_read_and_so_is_the_other(monkeypatch):
     assert [layer.name for layer in probe.layers] == ["attn.inner", "attn"]
 
 
+def test_a_network_that_is_itself_a_layer_and_holds_another_is_read():
+    network = Attention(8, heads=2, dim_head=4, processor=Within())
+    network.inner = Attention(8, heads=2, dim_head=4)
+    with torch.no_grad(), AttentionProbe(network, queries="all") as probe:
+        network(GIVEN["hidden_states"])
+    assert len(probe.entropy()) == 2
+    assert [layer.name for layer in probe.layers] == ["inner", ""]
+
+
+def test_a_layer_may_leave_all_attending_to_one_inside_it():
+    network = Layers(lambda attn, image, text: attn(image), processor=lambda attn, hidden, **_: attn.inner(hidden))
+    network.attn.inner = Attention(8, heads=2, dim_head=4)
+    with torch.no_grad(), AttentionProbe(network, queries="all") as probe:
+        network(**GIVEN)
+    probe.entropy()
+    assert [layer.name for layer in probe.layers] == ["attn.inner"]
+
+
+def test_attention_that_is_no_layers_is_not_read_after_a_layer_has_failed():
+    network = Layers(lambda attn, image, text: attn(image, encoder_hidden_states=text))
+    failing = network.attn.to_q.register_forward_pre_hook(lambda *_: 1 / 0)
+    with torch.no_grad(), AttentionProbe(network) as probe:
+        with pytest.raises(ZeroDivisionError):
+            network(**GIVEN)
+        failing.remove()
+        F.scaled_dot_product_attention(*[torch.randn(1, 2, 7, 4)] * 3)
+        network(**GIVEN)
+    assert len(probe.entropy()) == 1
+    assert [layer.queries for layer in probe.layers] == [16]
+
+
 def test_nothing_of_a_probe_is_left_when_it_ends_or_fails():
     network = Layers(lambda attn, image, text: attn(image, encoder_hidden_states=text))
     backends = dict(_AttentionBackendRegistry._backends)

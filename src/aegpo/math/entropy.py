@@ -34,8 +34,8 @@ def attention_entropy(
       returns if the keys are given as values too, the LSE beside it. It is the method for all rows of a long sequence.
 
     Both are fp32 inside, whatever comes in, under autocast too (fp64 stays fp64); on a GPU, unless one lets torch
-    multiply in TF32. What is left is the rounding of the
-    logits: up to 1e-7 times the largest of them for `rows`, five times that for `lse`.
+    multiply in TF32. What is left is the rounding of the logits: up to 2e-7 times the largest of them for `rows`, five
+    times that for `lse`.
 
     Args:
         q: queries, (B, H, Nq, d), after normalisation and position embedding.

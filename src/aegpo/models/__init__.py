@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from diffusers.utils.logging import disable_progress_bar
 
 from aegpo import world
-from aegpo.config import Model
+from aegpo.config import Model, did_you_mean
 from aegpo.models.base import Denoiser
 from aegpo.models.sd3 import SD3
 
@@ -79,4 +79,5 @@ def _index(settings: Model) -> tuple[str, Any]:
     except (OSError, ValueError):
         if Path(path).exists():
             raise ValueError(f"model.path: {path} holds no diffusers pipeline (no readable model_index.json)") from None
-        raise ValueError(f"model.path: {path} is neither a folder nor a pipeline that the hub gives us") from None
+        hint = did_you_mean(path, ["world"])
+        raise ValueError(f"model.path: {path} is neither a folder nor a pipeline that the hub gives us{hint}") from None

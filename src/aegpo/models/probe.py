@@ -47,6 +47,7 @@ class _Running:
     encoder: Tensor | None
     outer: "_Running | None"
     shown: bool = False  # its queries and keys
+    holds: bool = False  # another layer, which may do all the attending
 
 
 class AttentionProbe(TorchFunctionMode):
@@ -153,7 +154,7 @@ class AttentionProbe(TorchFunctionMode):
             stack.enter_context(self._dispatcher())
             for name, module in layers.items():
                 stack.callback(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(self._leave).remove)
+                stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
             stack.push(super().__exit__)
             super().__enter__()
             self._undo = stack.pop_all()
@@ -178,15 +179,20 @@ class AttentionProbe(TorchFunctionMode):
         given = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
         hidden, encoder = given["hidden_states"], given.get("encoder_hidden_states")
         encoder = encoder[0] if isinstance(encoder, tuple) else encoder  # beside it, an image prompt's
-        outer = self._running if self._running is not None and name.startswith(f"{self._running.name}.") else None
+        outer = self._running
+        if outer is not None and outer.name and not name.startswith(f"{outer.name}."):
+            outer = None
         self._running = _Running(name, module, hidden, None if encoder is hidden else encoder, outer)
 
-    def _leave(self, *_: Any) -> None:
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         running = self._running
         if running is None:
             return
         self._running = running.outer
-        if not running.shown and self._wanted(running.name):
+        if running.outer is not None:
+            running.outer.holds = True
+        failed = output is None  # the layer raised an error, which is on its way
+        if not (failed or running.shown or running.holds) and self._wanted(running.name):
             processor = type(running.module.processor).__name__
             raise ValueError(
                 f"probe: {running.name} computes its attention by {processor}, which hides its queries and keys; take "

@@ -78,7 +78,7 @@ def _checked(function: Callable[..., Any], name: str) -> Reward:
     def reward(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Judgement:
         try:
             answer = function(images, prompts, metadata) if takes_metadata else function(images, prompts)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename}, line {frame.lineno}"
             raise ValueError(f"reward {name} failed at {where}: {type(error).__name__}: {error}") from error
