@@ -379,6 +379,14 @@ def test_eval_draws_as_many_images_as_it_is_asked_for(tmp_path):
     assert build.evaluate(tmp_path / "run", images=3)["eval/reward_mean"] == 18
 
 
+def test_eval_judges_by_another_reward_if_it_is_asked_to(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return [0.125] * len(images)\n")
+    build.run(config(tmp_path, steps=0))
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run"), "--reward", f"{tmp_path}/mine.py:score"]) == 0
+    assert re.search(r"^eval/reward_mean +0\.1250$", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_an_evaluation_judges_each_picture_by_its_own_prompt_and_each_task_by_its_own_pictures():
     held_out = [
         Prompt(0, "a ring", {"task": "one", "value": 0.25}),

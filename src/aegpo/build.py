@@ -21,7 +21,7 @@ from aegpo import checkpoint, rewards, world
 from aegpo.analysis import analyze as measure
 from aegpo.analysis import evaluations, read_entropy, with_noise
 from aegpo.config import Config, dump_yaml, load_yaml, needs_probe, resolve
-from aegpo.data import load_prompts
+from aegpo.data import load_prompts, named
 from aegpo.display import Display, bar
 from aegpo.evaluation import evaluate as evaluate_policy
 from aegpo.models import load, load_pipeline, loading, text_tokens
@@ -65,7 +65,9 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
             f"prompts_per_step: a step takes {config.prompts_per_step} prompts, but {config.prompts.train} holds "
             f"{len(prompts)}; lower it (and rollouts_per_step), or give more prompts"
         )
-    reward = _reward(config, {_where(config, "train"): prompts, _where(config, "eval"): held_out})
+    reward = _reward(
+        config, {named(config.prompts.train, "train"): prompts, named(config.prompts.eval, "eval"): held_out}
+    )
     model = load(config.model, config.seed)
     if needs_probe(config):  # what it cannot read of this model is said before anything is written
         entropy_curves(model, prompts[:1], model.encode([prompts[0].text]), config)
@@ -141,10 +143,10 @@ def evaluate(
         ValueError: there is no such run or it has no checkpoint, or the prompts or the reward cannot be used.
     """
     config = _config(run, _given(prompts, reward), {"eval_images": images} if images else {})
-    where = _where(config, "eval", prompts and "--prompts")
-    held_out = _prompts(config, "eval", where)
+    option = prompts and "--prompts"
+    held_out = _prompts(config, "eval", option)
     newest = _checkpoints(run)[-1]
-    judge = _reward(config, {where: held_out})
+    judge = _reward(config, {named(config.prompts.eval, "eval", option): held_out})
     model = load(config.model, config.seed)
     checkpoint.load_weights(newest, model.trainable)
     return evaluate_policy(config, model, held_out, judge)
@@ -185,9 +187,9 @@ def analyze(
     over = (dict(settings or {}), _given(prompts, reward), {"eval_images": images})
     plain = {"allocation": {"rule": "uniform"}, "exploration": {"rule": "all"}}  # these are not used, so never wrong
     config = _config(run, *over) if trained else resolve(plain, *over, {"model": {"path": model}})
-    where = _where(config, "eval", prompts and "--prompts")
-    asked = _prompts(config, "eval", where)
-    judge = _reward(config, {where: asked})
+    option = prompts and "--prompts"
+    asked = _prompts(config, "eval", option)
+    judge = _reward(config, {named(config.prompts.eval, "eval", option): asked})
     found = _checkpoints(run) if trained else []
     policy = load(config.model, config.seed)
     for folder in found:
@@ -264,15 +266,10 @@ def _checkpoints(run: Path) -> list[Path]:
     return found
 
 
-def _where(config: Config, split: str, option: str | None = None) -> str:
-    """How errors name a set of prompts: the setting, or the option that gave it, and the file."""
-    return f"{option or f'prompts.{split}'}: {getattr(config.prompts, split)}"
-
-
-def _prompts(config: Config, split: str, where: str = "") -> list[Prompt]:
-    where = where or _where(config, split)
-    prompts = load_prompts(getattr(config.prompts, split), split, where)
-    _check_words(config, [prompt.text for prompt in prompts], where)
+def _prompts(config: Config, split: str, option: str | None = None) -> list[Prompt]:
+    source = getattr(config.prompts, split)
+    prompts = load_prompts(source, split, option)
+    _check_words(config, [prompt.text for prompt in prompts], named(source, split, option))
     return prompts
 
 

@@ -44,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; whatever its user got wrong is one line on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it remarks on torchvision, which nothing here uses
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # and on text encoders, for which an adapter has no weights
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # torch's threads, before it is loaded: they wait without holding a
-    try:  # core that others want; on a busy machine a step takes a third of the time, on an idle one the same
+    # Read when torch is loaded: its threads then wait without holding a core that others want.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    try:
         _command(sys.argv[1:] if argv is None else list(argv))
     except KeyboardInterrupt as stop:
         return _say(str(stop) or "stopped", 130)
@@ -326,7 +327,7 @@ def _print_dry_run(config: "Config") -> None:
 
 def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     """What a step does and costs, in network evaluations x samples; evaluations of held-out prompts come on top."""
-    from aegpo.config import SPREAD_EVERY, SPREAD_PROMPTS, SPREAD_ROLLOUTS, needs_probe
+    from aegpo.config import RIDERS, SPREAD_EVERY, SPREAD_PROMPTS, SPREAD_ROLLOUTS, needs_probe
 
     prompts, rollouts, steps = config.prompts_per_step, config.rollouts_per_step, config.sampler.steps
     explored = steps - 1 if config.exploration.rule == "all" else config.exploration.k
@@ -342,7 +343,7 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
         passes["before the update"] = 1
     evaluations, written = sum(passes.values()), " + ".join(f"{count} {what}" for what, count in passes.items())
     shared = config.sampler.shared_noise
-    riders = prompts if matching else max(prompts, math.ceil((rollouts - 3 * prompts) / 4))  # a quarter of each group
+    riders = prompts if matching else max(prompts, math.ceil((rollouts - (RIDERS - 1) * prompts) / RIDERS))  # at least
     branching = rollouts if shared else riders * probed  # rollouts that begin on their prompt's trunk, at least,
     saved = branching * (steps if matching else 1)  # and what of them it has walked, at least
     trunk = prompts * (steps if probed else shared)  # with as many rollouts leaving it at once as can
@@ -353,14 +354,14 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     spread = twice * measured * few * (SPREAD_ROLLOUTS * steps * (steps - 1) // 2 + (steps - 1) * (not probed))
     base = probe * probed
     from_trunk = f" - {branching} x {saved // branching} of a trunk" if saved else ""
-    least = ", at most" * (branching > 0 and not matching)  # of them, and of what they are spared
+    bound = ", at most" * (branching > 0 and not matching)
     return [
         ("rollouts", f"of {prompts} prompts", rollouts),
         ("explored steps", f"of each rollout: {config.exploration.rule}", explored),
         ("rows", f"{rollouts} rollouts x {explored} explored steps", rows),
         ("optimizer updates", "", updates),
         ("micro-batches", f"of at most {most} rows", batches),
-        ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{from_trunk}{guided}{least}", sampling),
+        ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{from_trunk}{guided}{bound}", sampling),
         ("trunk evaluations", f"{prompts} prompts x {trunk // prompts} steps{guided}" if trunk else "no trunk", probe),
         ("training evaluations", f"{rows} rows x ({written}){guided}, at most", training),
         ("evaluations a step", "at most", step),

@@ -39,6 +39,8 @@ Fraction = Annotated[Number, Field(ge=0, lt=1)]
 SPREAD_EVERY = 10  # training steps between two measurements of what exploring each denoising step is worth,
 SPREAD_PROMPTS, SPREAD_ROLLOUTS = 4, 6  # over so many prompts, and rollouts of each
 
+RIDERS = 4  # one in so many rollouts of a group begins on its probe's trajectory, one of them in any case
+
 _STRICT = ConfigDict(extra="forbid")
 
 

@@ -12,19 +12,24 @@ from aegpo.types import Prompt
 DRAW = 5  # what a random choice is for: the first number of its key
 
 
-def load_prompts(source: str, split: str, where: str = "") -> list[Prompt]:
+def named(source: str, split: str, option: str | None = None) -> str:
+    """How errors name prompts: by the setting, or by the option that gave them, and their source."""
+    return f"{option or f'prompts.{split}'}: {source}"
+
+
+def load_prompts(source: str, split: str, option: str | None = None) -> list[Prompt]:
     """Read prompts.
 
     Args:
         source: `world` for the embedded prompts, a .txt with one prompt a line (empty lines are skipped), or a .jsonl
             whose objects hold `prompt` and any metadata the reward may want.
         split: `train` or `eval`: which of the world's sets.
-        where: what errors say first; by default the setting, `prompts.eval: FILE` for one.
+        option: of the command line that gave the source, for errors; by default they name the setting.
 
     Raises:
         ValueError: the file is missing, empty, not UTF-8, or a line of it is not a prompt.
     """
-    where = where or f"prompts.{split}: {source}"
+    where = named(source, split, option)
     if source == "world":
         from aegpo import world
 

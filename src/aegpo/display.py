@@ -20,7 +20,6 @@ class Display:
         self.bars = _bars(self.console)
         self.whole = self.bars.add_task("training", total=steps, note="")
         self.phase = self.bars.add_task("", total=None, note="", visible=False)
-        self._now, self._done, self._total = "", 0, 0  # the phase, and how far it is
         self._before = (time.monotonic(), 0)
         self._said = time.monotonic()
 
@@ -36,13 +35,12 @@ class Display:
     def begin(self, what: str, total: int) -> None:
         """A phase begins: so many pieces of this work lie ahead."""
         self.bars.reset(self.phase, total=total, description=what, visible=True)
-        self._now, self._done, self._total = what, 0, total
 
     def advance(self, count: int) -> None:
         """So many of them are done."""
         self.bars.advance(self.phase, count)
-        self._done += count
-        self._say_if_quiet(f"{self._now}: {self._done:,} of {self._total:,}")
+        phase = self.bars.tasks[self.phase]
+        self._say_if_quiet(f"{phase.description}: {phase.completed:,} of {phase.total:,}")
 
     def step(self, metrics: dict[str, Any]) -> None:
         """A training step, or an evaluation, is over."""

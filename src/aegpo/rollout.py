@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aegpo.adapt.memory import Memory
-from aegpo.config import SPREAD_PROMPTS, SPREAD_ROLLOUTS, Config, Sampler
+from aegpo.config import RIDERS, SPREAD_PROMPTS, SPREAD_ROLLOUTS, Config, Sampler
 from aegpo.math.transitions import log_prob, transition
 from aegpo.models.base import Denoiser
 from aegpo.models.probe import AttentionProbe
@@ -21,8 +21,6 @@ from aegpo.rewards import Reward
 from aegpo.types import Conditions, Plan, Prompt, Rollouts, Signals, Transitions, Trunk
 
 ROLLOUT, TRUNK, EVALUATION, SPREAD = 0, 1, 2, 6  # what noise is for: the first number of its key
-
-RIDERS = 4  # one in so many rollouts of a group begins on its trunk, one of them in any case
 
 
 def noise(shape: tuple[int, ...], *key: int) -> Tensor:

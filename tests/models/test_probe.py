@@ -408,12 +408,18 @@ def test_tokens_that_nothing_shows_to_be_the_images_are_not_taken_for_them(told,
         ValueError, match=r"nothing in Layers shows that the \d+ tokens of attn are the image's; .* all"
     ):
         probe.entropy()
+    assert_all_is_read(network, monkeypatch)
+
+
+def assert_all_is_read(network, monkeypatch):
+    """Every call of attention, in order and exactly; returns the layers."""
     with torch.no_grad(), AttentionProbe(network, queries="all") as probe:
         network(**GIVEN)
     calls = calls_of_attention(monkeypatch)
     network(**GIVEN)
     expected = torch.stack([entropy64(q, k).mean((1, 2)) for q, k, _ in calls])
     torch.testing.assert_close(probe.entropy().double(), expected, atol=1e-5, rtol=0)
+    return probe.layers
 
 
 class Twice(AttnProcessor2_0):
@@ -449,13 +455,7 @@ class Within(AttnProcessor2_0):
 def test_a_layer_inside_another_is_read_and_so_is_the_other(monkeypatch):
     network = Layers(lambda attn, image, text: attn(image), processor=Within())
     network.attn.inner = Attention(8, heads=2, dim_head=4)
-    with torch.no_grad(), AttentionProbe(network, queries="all") as probe:
-        network(**GIVEN)
-    calls = calls_of_attention(monkeypatch)
-    network(**GIVEN)
-    expected = torch.stack([entropy64(q, k).mean((1, 2)) for q, k, _ in calls])
-    torch.testing.assert_close(probe.entropy().double(), expected, atol=1e-5, rtol=0)
-    assert [layer.name for layer in probe.layers] == ["attn.inner", "attn"]
+    assert [layer.name for layer in assert_all_is_read(network, monkeypatch)] == ["attn.inner", "attn"]
 
 
 def test_a_network_that_is_itself_a_layer_and_holds_another_is_read():
