@@ -11,11 +11,8 @@ which commit it is.
 import argparse
 import json
 import multiprocessing
-import tempfile
-import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ import numpy as np
 from demo import git
 from rich.console import Console
 from rich.table import Table
+from trial import train_to
 
 MARKS = (12_000, 24_000)  # network evaluations x samples spent on training when it is judged
 PROMPTS = 32  # of the world's training prompts, so that each is visited again and again
@@ -57,10 +55,6 @@ ALLOCATION: dict[str, dict[str, Any]] = {
 }
 
 
-class Enough(Exception):
-    """The budget is spent."""
-
-
 def cells(seeds: list[int]) -> Iterator[tuple[str, str, int]]:
     """Exploration, allocation and seed: all crossed, but for local maxima, which only the uniform allocation has."""
     for seed in seeds:
@@ -72,66 +66,8 @@ def cells(seeds: list[int]) -> Iterator[tuple[str, str, int]]:
 
 def train_cell(exploration: str, allocation: str, seed: int) -> dict[str, Any]:
     """One training; held-out reward and pass rate before it and at each mark."""
-    import torch
-
-    from aegpo import models, rewards, world
-    from aegpo.config import resolve
-    from aegpo.data import load_prompts
-    from aegpo.evaluation import evaluate
-    from aegpo.train import train
-
-    torch.set_num_threads(1)
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        config = resolve(COMMON, EXPLORATION[exploration], ALLOCATION[allocation], {"seed": seed, "output_dir": folder})
-        everything = world.training()
-        kept = np.random.default_rng(0).permutation(len(everything))[:PROMPTS]
-        own = Path(folder, "train.jsonl")
-        own.write_text("".join(json.dumps(everything[i]) + "\n" for i in sorted(kept)))
-        held_out = load_prompts("world", "eval")
-        reward, model = rewards.load(config.reward), models.load(config.model, seed)
-        curve: list[dict[str, float]] = []
-        explored = np.zeros(config.sampler.steps)
-        judging = 0  # evaluations x samples spent on judging, which are not counted
-
-        class Judge:
-            """The loop's display: judges the policy at the marks, and ends the run with the budget."""
-
-            def begin(self, what: str, total: int) -> None: ...
-
-            def advance(self, count: int) -> None: ...
-
-            def step(self, metrics: dict[str, Any]) -> None:
-                nonlocal judging, explored
-                if metrics["step"] == 0:
-                    judging = metrics["forwards"]
-                    curve.append(point(0, metrics))
-                    return
-                explored = explored + metrics["explored_steps"]
-                spent = metrics["forwards"] - judging
-                if spent < MARKS[len(curve) - 1]:
-                    return
-                now = evaluate(config, model, held_out, reward)
-                judging += model.forwards - metrics["forwards"]
-                curve.append(point(spent, now))
-                if len(curve) > len(MARKS):
-                    raise Enough
-
-        with suppress(Enough):
-            train(config, model, load_prompts(str(own), "train"), held_out, reward, Path(folder), Judge())
-    return {
-        "exploration": exploration,
-        "allocation": allocation,
-        "seed": seed,
-        "commit": git("rev-parse", "HEAD"),
-        "curve": curve,
-        "explored": (explored / explored.sum()).round(4).tolist(),
-        "seconds": time.monotonic() - began,
-    }
-
-
-def point(forwards: int, metrics: dict[str, Any]) -> dict[str, float]:
-    return {"forwards": forwards, "reward": metrics["eval/reward_mean"], "pass": metrics["eval/pass_rate"]}
+    found = train_to(MARKS, PROMPTS, seed, COMMON, EXPLORATION[exploration], ALLOCATION[allocation])
+    return {"exploration": exploration, "allocation": allocation, "commit": git("rev-parse", "HEAD")} | found
 
 
 def main() -> None:

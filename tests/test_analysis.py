@@ -161,7 +161,7 @@ def test_prompts_one_by_one_have_the_spread_that_they_have_together(model):
 
 
 def test_the_curves_are_the_probes_and_the_samplers(model):
-    config = with_noise(Config(sampler=Sampler(steps=4, kind="awm")))
+    config = with_noise(Config(sampler=Sampler(steps=4, kind="ode")))
     readings, _ = read_entropy(config, model, PROMPTS, moved=True)
     conditions = model.encode([prompt.text for prompt in PROMPTS])
     assert torch.equal(readings["entropy"], probe(model, PROMPTS, conditions, config, 0, Memory())[0].entropy)

@@ -21,12 +21,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from aegpo import build, checkpoint, evaluation, logbook, models, train, world
+from aegpo.adapt.courses import lay_out
 from aegpo.adapt.memory import Memory
 from aegpo.cli import main
 from aegpo.config import Config, dump_yaml, load_yaml, resolve
-from aegpo.rollout import draw, walk_trunk
-from aegpo.train import learning_rate, objective, update
-from aegpo.types import Judgement, Plan, Prompt, Signals, Transitions
+from aegpo.objective import objective
+from aegpo.rollout import draw, shared_trunk
+from aegpo.train import learning_rate, update
+from aegpo.types import Judgement, Plan, Prompt, Rollouts, Signals, Transitions
 
 FEW = "few"  # three training prompts, so that a run of three steps visits them again
 SMALL = {
@@ -76,7 +78,7 @@ def metrics(run, without=("seconds",)):
         {"algorithm": "flow-grpo"},
         {"model": {"train": "full"}, "optimizer": {"ema": 0.5, "ema_every": 1}},
         {"exploration": {"rule": "delta_entropy_peaks"}, "sampler": {"guidance": 2.0}},
-        {"sampler": {"kind": "awm"}, "loss": {"kl": 0.3}},
+        {"sampler": {"kind": "ode"}, "loss": {"kl": 0.3}, "exploration": {"rule": "entropy_peaks", "k": 2}},
         {
             "sampler": {"kind": "cps", "shared_noise": True},
             "allocation": {"rule": "reward_variance", "smoothing": 0.5},
@@ -176,7 +178,7 @@ def test_a_whole_run_by_the_command_line_and_what_it_leaves(tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"sampler": {"kind": "awm", "guidance": 2.0}, "loss": {"kl": 0.3}},
+        {"sampler": {"kind": "ode", "guidance": 2.0}, "loss": {"kl": 0.3}},
         {"sampler": {"kind": "cps"}, "algorithm": "flow-grpo"},
         {"sampler": {"kind": "cps", "shared_noise": True}, "algorithm": "flow-grpo"},
         {"sampler": {"kind": "cps", "shared_noise": True}, "exploration": {"rule": "window"}},
@@ -429,11 +431,14 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):
 
 def test_a_step_is_described_by_hand():
     explored = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 1, 0]]).bool()
-    plan = Plan(torch.tensor([2, 3, 2]), explored)
+    plan = Plan(torch.tensor([2, 3, 2]), explored, torch.ones(3, 3, dtype=torch.float64))
     base = torch.full((3, 3), 2.0, dtype=torch.float64)
     signals = Signals(base + torch.tensor([[1.0], [-2.0], [-2.0]]), base)
     scores, advantage = torch.tensor([1.0, 1, 0, 3, 3, 2, 2]), torch.tensor([0.0, 0, -1, 0, 1, 0, 0])
-    assert logbook.describe(plan, signals, scores, advantage) == {
+    plain = resolve({"sampler": {"steps": 3}, "exploration": {"rule": "window", "k": 1}})
+    courses = lay_out(plan, plain, [Prompt(i, "", {}) for i in range(3)], torch.tensor([1.0, 0.7, 0.4, 0]), 0)
+    rollouts = Rollouts(np.zeros((7, 1, 1, 3), np.uint8), plan.group, courses, None)
+    assert logbook.describe(plan, rollouts, signals, scores, advantage[:, None] * courses.explored) == {
         "reward/mean": pytest.approx(12 / 7),
         "reward/std": pytest.approx(np.std([1, 1, 0, 3, 3, 2, 2])),
         "allocation": [2, 3, 2],
@@ -468,10 +473,13 @@ def rows():
         x=normal(),
         x_next=normal(),
         step=torch.arange(count) % 9,
+        until=torch.arange(count) % 9 + 1,
         prompt=torch.arange(count) % 2,
         rollout=torch.arange(count),
-        log_prob=torch.zeros(count),
+        velocity=normal(),
+        weight=torch.ones(count),
         advantage=torch.linspace(-1, 1, count).where(torch.arange(count) % 3 != 0, 0.0),
+        unit=torch.arange(count),
     )
 
 
@@ -497,12 +505,10 @@ def test_rows_without_advantage_cost_no_forward_and_change_no_gradient(rows):
     conditions, full = rows
     counted, kept = gradient(conditions, full, micro_batch=100)
     assert counted["rows"] == 8
-    from aegpo.train import objective
-
     settings = resolve({})
     model = models.load(settings.model)
     loss = objective(settings, model, full, conditions)
-    (loss.value / 12).backward()
+    (loss.rows.sum() / 12).backward()
     all_rows = torch.cat([p.grad.flatten() for p in model.trainable.values() if p.grad is not None])
     torch.testing.assert_close(kept, all_rows, atol=1e-7, rtol=1e-4)
 
@@ -731,9 +737,9 @@ def test_the_loop_measures_when_it_is_due_and_remembers_what_it_saw(tmp_path, mo
         spreads.append((step, visit, trunk is None))
         return torch.arange(4.0, dtype=torch.float64).flip(0)
 
-    def walk(model, prompts, conditions, plan, config, visit):
-        walks.append(visit)
-        return walk_trunk(model, prompts, conditions, plan, config, visit)
+    def walk(model, prompts, conditions, plan, config, step, visit):
+        walks.append((step, visit))
+        return shared_trunk(model, prompts, conditions, plan, config, step, visit)
 
     class Watched(Memory):
         def visit(self, prompts, values, smoothing):
@@ -741,7 +747,7 @@ def test_the_loop_measures_when_it_is_due_and_remembers_what_it_saw(tmp_path, mo
             return super().visit(prompts, values, smoothing)
 
     monkeypatch.setattr(train, "reward_spread", spread)
-    monkeypatch.setattr(train, "walk_trunk", walk)
+    monkeypatch.setattr(train, "shared_trunk", walk)
     monkeypatch.setattr(train, "Memory", Watched)
     own = config(
         tmp_path,
@@ -756,7 +762,7 @@ def test_the_loop_measures_when_it_is_due_and_remembers_what_it_saw(tmp_path, mo
     )
     build.run(own)
     assert spreads == [(0, 0, True), (10, 10, True)]
-    assert walks == list(range(12))
+    assert walks == [(step, step) for step in range(12)]
     lines = metrics(tmp_path / "run")[1:]
     assert all(line["explored_steps"][2:] == [0, 0] for line in lines)
     assert [smoothing for *_, smoothing in seen] == [0.25] * 12

@@ -20,7 +20,7 @@ from torch import Tensor
 from aegpo.adapt.exploration import explore
 from aegpo.adapt.plan import policy_noise
 from aegpo.checkpoint import load_weights, step_of
-from aegpo.config import SPREAD_ROLLOUTS, Config
+from aegpo.config import SPREAD_ROLLOUTS, Config, with_noise
 from aegpo.evaluation import draw_and_judge, evenly_spaced
 from aegpo.models.base import Denoiser
 from aegpo.rewards import Reward
@@ -104,13 +104,6 @@ def evaluations(config: Config, prompts: int, stages: int) -> int:
     read = some * steps * (2 + (stages > 1))
     spread = some * SPREAD_ROLLOUTS * steps * (steps - 1) // 2
     return (followed + read + spread) * (1 if config.sampler.guidance == 1 else 2)
-
-
-def with_noise(config: Config) -> Config:
-    """The config, but with CPS (arXiv 2509.05952) for a sampler that has no noise to explore a single step with."""
-    if config.sampler.kind != "awm":
-        return config
-    return replace(config, sampler=replace(config.sampler, kind="cps", eta=0.6))
 
 
 # ---------------------------------------------------------------- measurements

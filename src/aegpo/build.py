@@ -19,8 +19,8 @@ from rich.table import Table
 
 from aegpo import checkpoint, rewards, world
 from aegpo.analysis import analyze as measure
-from aegpo.analysis import evaluations, read_entropy, with_noise
-from aegpo.config import Config, dump_yaml, load_yaml, needs_probe, resolve
+from aegpo.analysis import evaluations, read_entropy
+from aegpo.config import Config, dump_yaml, load_yaml, needs_probe, resolve, with_noise
 from aegpo.data import load_prompts, named
 from aegpo.display import Display, bar
 from aegpo.evaluation import evaluate as evaluate_policy

@@ -10,7 +10,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ def save(
     weights: Mapping[str, nn.Parameter],
     optimizer: torch.optim.AdamW,
     average: EMAModel | None,
+    behaviour: Sequence[Tensor] | None,
     memory: Mapping[str, Tensor],
     counters: Mapping[str, Any],
     limit: int = 2,
@@ -42,6 +43,8 @@ def save(
         shadow = zip(weights, average.shadow_params, strict=True)
         save_file({name: tensor.contiguous() for name, tensor in shadow}, aside / "average.safetensors")
         counters = {**counters, "average_steps": average.optimization_step}
+    if behaviour is not None:
+        save_file(dict(zip(weights, behaviour, strict=True)), aside / "behaviour.safetensors")
     save_file(dict(memory), aside / "memory.safetensors")
     (aside / "state.json").write_text(json.dumps({"step": step, **counters}))
     digests = {file.name: _digest(file) for file in sorted(aside.iterdir())}
@@ -61,6 +64,7 @@ def load(
     weights: Mapping[str, nn.Parameter],
     optimizer: torch.optim.AdamW,
     average: EMAModel | None,
+    behaviour: Sequence[Tensor] | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read a checkpoint back into the model and the optimizer.
 
@@ -85,6 +89,11 @@ def load(
         shadow = load_file(folder / "average.safetensors")
         average.shadow_params = [shadow[name].to(p.device) for name, p in weights.items()]
         average.optimization_step = state["average_steps"]
+    if behaviour is not None:
+        drew = folder / "behaviour.safetensors"
+        drew = load_file(drew) if drew.exists() else saved  # a run that had none goes on from the policy itself
+        for name, tensor in zip(weights, behaviour, strict=True):
+            tensor.copy_(drew[name])
     return state, load_file(folder / "memory.safetensors")
 
 

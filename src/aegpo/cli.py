@@ -327,19 +327,35 @@ def _print_dry_run(config: "Config") -> None:
 
 def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     """What a step does and costs, in network evaluations x samples; evaluations of held-out prompts come on top."""
-    from aegpo.config import RIDERS, SPREAD_EVERY, SPREAD_PROMPTS, SPREAD_ROLLOUTS, needs_probe
+    from aegpo.config import (
+        RIDERS,
+        SPREAD_EVERY,
+        SPREAD_PROMPTS,
+        SPREAD_ROLLOUTS,
+        explorable,
+        needs_probe,
+        needs_reference,
+        needs_spread,
+        needs_velocity,
+    )
 
     prompts, rollouts, steps = config.prompts_per_step, config.rollouts_per_step, config.sampler.steps
-    explored = steps - 1 if config.exploration.rule == "all" else config.exploration.k
+    how = config.exploration
+    explored = {
+        "none": len(explorable(config)) if how.rule == "all" else how.k,
+        "each": 1,
+        "tree": steps - 1,
+    }[how.branch]
+    explored = max(1, int(explored * how.share))
     rows, updates, most = rollouts * explored, config.optimizer.updates, config.optimizer.micro_batch
     share, longer = divmod(rows, updates)  # rows of an update; so many updates get one row more
     batches = (updates - longer) * math.ceil(share / most) + longer * math.ceil((share + 1) / most)
-    probed, matching = needs_probe(config), config.sampler.kind == "awm"
+    probed, matching = needs_probe(config), config.sampler.kind == "ode"
     twice, guided = (2, " x 2 for guidance") if config.sampler.guidance != 1 else (1, "")
     passes = {"forward": 1, "backward": 2}
-    if config.loss.kl > 0:
+    if needs_reference(config):
         passes["reference"] = 1
-    if matching:
+    if matching and needs_velocity(config):
         passes["before the update"] = 1
     evaluations, written = sum(passes.values()), " + ".join(f"{count} {what}" for what, count in passes.items())
     shared = config.sampler.shared_noise
@@ -350,15 +366,16 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     sampling, probe, training = twice * (rollouts * steps - saved), twice * trunk, twice * rows * evaluations
     step = sampling + probe + training
     few = min(SPREAD_PROMPTS, prompts)
-    measured = math.ceil(config.steps / SPREAD_EVERY) if config.exploration.rule == "reward_spread" else 0
+    measured = math.ceil(config.steps / SPREAD_EVERY) if needs_spread(config) else 0
     spread = twice * measured * few * (SPREAD_ROLLOUTS * steps * (steps - 1) // 2 + (steps - 1) * (not probed))
     base = probe * probed
     from_trunk = f" - {branching} x {saved // branching} of a trunk" if saved else ""
-    bound = ", at most" * (branching > 0 and not matching)
+    fewer = (branching > 0 and not matching) or how.branch == "tree" or config.sampler.compress < 1
+    bound = ", at most" * fewer
     return [
         ("rollouts", f"of {prompts} prompts", rollouts),
-        ("explored steps", f"of each rollout: {config.exploration.rule}", explored),
-        ("rows", f"{rollouts} rollouts x {explored} explored steps", rows),
+        ("trained steps", f"of each rollout: {how.rule}, at most", explored),
+        ("rows", f"{rollouts} rollouts x {explored} trained steps", rows),
         ("optimizer updates", "", updates),
         ("micro-batches", f"of at most {most} rows", batches),
         ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{from_trunk}{guided}{bound}", sampling),

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from aegpo.algorithms import ALGORITHMS
+from aegpo.algorithms import ALGORITHMS, merge
 
 
 def _no_switch(value: Any) -> Any:
@@ -35,9 +35,14 @@ AtLeastOne = Annotated[Number, Field(ge=1, allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
 Switch = Annotated[bool, Field(strict=True)]
 Fraction = Annotated[Number, Field(ge=0, lt=1)]
+Share = Annotated[Number, Field(gt=0, le=1)]
 
 SPREAD_EVERY = 10  # training steps between two measurements of what exploring each denoising step is worth,
 SPREAD_PROMPTS, SPREAD_ROLLOUTS = 4, 6  # over so many prompts, and rollouts of each
+
+NOISY_LOSSES = ("guard", "dppo")  # of a noisy step's mean
+MATCHING_LOSSES = ("nft", "ram", "dgpo", "dpo")  # of a finished image
+GROUP_LOSSES = ("dgpo", "dpo")  # which see all that was drawn of a prompt at one noise level together
 
 RIDERS = 4  # one in so many rollouts of a group begins on its probe's trajectory, one of them in any case
 
@@ -85,22 +90,26 @@ class Prompts:
 
 @dataclass(frozen=True, config=_STRICT)
 class Sampler:
-    """How an image is drawn (arXiv 2505.05470, 2505.07818, 2509.05952, 2509.25050)."""
+    """How an image is drawn (arXiv 2505.05470, 2505.07818, 2509.05952, 2507.21802, 2305.13301)."""
 
     steps: Pair = 10
     """Denoising steps of rollouts and evaluations."""
-    kind: Literal["flow_sde", "dance_sde", "cps", "awm"] = "flow_sde"
-    """The noisy transition at explored steps; all others are ODE. With `awm` (arXiv 2509.25050) rollouts are ODE
-    throughout, and an explored step is a noise level to which the finished image is brought back and trained at; give
-    it an `exploration.rule` that needs no sampler's noise, `loss.clip_low` and `clip_high` near 0.1 and an anchor,
-    `loss.kl`, as the recipe `world` does."""
+    kind: Literal["flow_sde", "dance_sde", "cps", "ddim", "dpm_sde", "ode"] = "flow_sde"
+    """The noisy transition at explored steps; all others are ODE. With `ode` rollouts are ODE throughout, and an
+    explored step is a noise level to which the finished image is brought back and trained at, as in advantage-weighted
+    matching (arXiv 2509.25050) and its kin; `loss.clip_low` and `clip_high` then belong near 0.1, with an anchor,
+    `loss.kl`, as in the recipe `world`."""
     eta: Positive = 0.7
-    """Noise scale of that transition; `awm` has none."""
+    """Noise scale of that transition, at most 1 for `ddim`; `dpm_sde` and `ode` have none."""
     guidance: AtLeastOne = 1.0
     """Classifier-free guidance, the same in rollouts and training; 1 is off and costs half."""
     shared_noise: Switch = False
     """Start all rollouts of a prompt from the same noise (arXiv 2505.07818). Until the first explored step they are one
     trajectory then, and it is computed once."""
+    solver: Literal["euler", "dpm2m"] = "euler"
+    """Of the steps after a rollout's last noisy one: Euler's, or DPM-Solver++ of second order (arXiv 2211.01095)."""
+    compress: Share = 1.0
+    """The share of those steps that is taken, so that fewer reach the same end (MixGRPO-Flash, arXiv 2507.21802)."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -146,13 +155,23 @@ class Exploration:
     rule: Literal[
         "all", "window", "random", "entropy_peaks", "delta_entropy_peaks", "policy_noise", "reward_spread"
     ] = "all"
-    """`all` but the last; the first k (`window`); k drawn for each prompt (`random`); or the k highest of H(t)
+    """`all` but the last; k in a row (`window`); k drawn for each prompt (`random`); or the k highest of H(t)
     (`entropy_peaks`), of |H(t) - H_base(t)| (`delta_entropy_peaks`), of the sampler's own noise (`policy_noise`), or of
-    the spread of reward from exploring a step alone, measured every 10 training steps (`reward_spread`)."""
+    the spread of reward from exploring a step alone, measured every 10 training steps (`reward_spread`). Where rollouts
+    are ODE, those curves are distributions instead, from which k noise levels are drawn for each prompt."""
     k: Count = 4
     """How many steps a prompt explores; ignored by `all`."""
+    start: Size = 0
+    """The first step that may explore."""
+    until: Size = 0
+    """Steps from this one on may not explore; 0: only the last may not."""
     min_distance: Count = 1
-    """Steps between two peaks, at least."""
+    """Steps between two peaks, at least, and between the steps of a `window`."""
+    moves: Literal["none", "random", "progressive", "linear", "exponential"] = "none"
+    """Where the window begins: always at `start`; at random; or one step later every so often, which MixGRPO
+    (arXiv 2507.21802) keeps constant (`progressive`) or lets shrink, so that late steps get less training."""
+    moves_every: Count = 25
+    """Training steps between two moves of the window, at first."""
     local_maxima: Switch = False
     """Prefer true local maxima of the curve to steps that are merely high."""
     per: Literal["prompt", "batch"] = "prompt"
@@ -160,6 +179,20 @@ class Exploration:
     reading: Literal["plain", "above_batch", "times_noise"] = "plain"
     """What `entropy_peaks` takes for the curve: H(t), what it has above the mean of the step's prompts, or H(t) times
     the sampler's own noise."""
+    importance: Switch = True
+    """Weigh levels that are drawn from a distribution by the inverse of their probability, which keeps the expected
+    loss what it is under equal probabilities."""
+    branch: Literal["none", "each", "tree"] = "none"
+    """Every rollout explores all of its prompt's steps; or each explores one of them, off the prompt's noiseless trunk
+    (TempFlow-GRPO, arXiv 2508.04324); or a prompt's rollouts are the leaves of a tree that parts at them, noisy at
+    every step (BranchGRPO, arXiv 2509.06040). The last two need `sampler.shared_noise`."""
+    merge: Number | None = None
+    """Merge an explored step whose policy noise has less entropy, ln(2 pi e std^2) / 2 in nats, with those after it
+    until it has so much (E-GRPO, arXiv 2601.00423); null: never."""
+    share: Share = 1.0
+    """Which share of its explored steps a rollout is trained at, drawn at random (DanceGRPO, arXiv 2505.07818)."""
+    skip: Size = 0
+    """Leave so many steps in a row untrained; they slide by one each training step (BranchGRPO's depth pruning)."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -168,23 +201,45 @@ class Advantage:
 
     std: Literal["group", "global", "none"] = "group"
     """Divide by the group's standard deviation, by that of all rewards of the step, or not at all (Dr.GRPO)."""
+    ddof: Annotated[int, Field(ge=0, le=1, strict=True)] = 0
+    """0 for the population's standard deviation, 1 for the unbiased one."""
     eps: NonNegative = 1e-4
     """Added to the standard deviation."""
     clip: Positive = 5.0
     """Bound on an advantage's size."""
+    best_of: Size = 0
+    """Train on so many rollouts of a group only, the best and the worst (DanceGRPO; on a tree, BranchGRPO's width
+    pruning); 0: on all."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class Loss:
-    """The clipped surrogate and the pull to the reference policy."""
+    """What is minimised, and the pull to the reference policy."""
 
+    kind: Literal["clip", "guard", "dppo", "nft", "ram", "dgpo", "dpo"] = "clip"
+    """PPO's clipped ratio; GRPO-Guard's (arXiv 2510.22319) or Flow-DPPO's, for noisy samplers; or, for `ode`,
+    DiffusionNFT's loss (arXiv 2509.16117), RAM's (2605.10759), DGPO's (2510.08425) or Diffusion-DPO's (2311.12908)."""
     clip_low: Positive = 1e-4
     """How far below 1 a ratio may fall before it stops to count. Ratios are of mean log-probabilities, so small; those
-    of `awm` move much further in an update than a sampler's."""
+    of matching move much further in an update than a sampler's."""
     clip_high: Positive = 1e-4
     """How far above 1 it may rise."""
+    max_kl: Positive = 1e-5
+    """Of `dppo`: divergence from the policy that drew the rollouts, per element, beyond which no row moves on."""
+    score: Literal["gaussian", "squared"] = "gaussian"
+    """A noisy step's log-probability: the Gaussian's, or FlowCPS's -(x' - mean)^2 (arXiv 2509.05952)."""
+    matching: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"
+    """How the matching loss at noise level t counts as a log-probability (arXiv 2509.25050), for `clip` under `ode`."""
+    weight: Literal["none", "noise", "step"] = "none"
+    """Weigh a noisy step's rows by its noise over the mean step's (TempFlow-GRPO), or by one over its length in sigma
+    (GRPO-Guard)."""
+    beta: Positive = 1.0
+    """The loss's own strength: NFT's beta, RAM's w, DGPO's and DPO's beta."""
     kl: NonNegative = 0.0
-    """Weight of the KL to the base policy."""
+    """Weight of the pull to the base policy."""
+    kl_of: Literal["mean", "velocity"] = "mean"
+    """What is pulled: a noisy step's mean, by its KL divergence, or the velocity, by its mean squared distance; without
+    noise, the velocity always."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -208,6 +263,11 @@ class Optimizer:
     """Decay of the averaged weights that are evaluated and saved; 0: no averaging."""
     ema_every: Count = 8
     """Optimizer steps between two updates of the average, which happen at the end of a training step."""
+    behaviour: Fraction = 0.0
+    """Rollouts are drawn by an average of the policy whose decay rises to this (DiffusionNFT, arXiv 2509.16117); 0: by
+    the policy itself."""
+    behaviour_ramp: Fraction = 0.001
+    """How much that decay rises in a training step."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -277,6 +337,33 @@ def needs_probe(config: Config) -> bool:
     )
 
 
+def needs_reference(config: Config) -> bool:
+    """Whether the loss looks at the base policy's prediction."""
+    return config.loss.kl > 0 or config.loss.kind in ("ram", "dgpo", "dpo")
+
+
+def needs_velocity(config: Config) -> bool:
+    """Whether the loss looks at what the policy that drew a rollout predicted."""
+    return config.loss.kind in ("clip", "guard", "dppo", "nft")
+
+
+def needs_spread(config: Config) -> bool:
+    """Whether it is measured what exploring each step is worth."""
+    return config.exploration.rule == "reward_spread"
+
+
+def explorable(config: Config) -> range:
+    """The denoising steps that may explore."""
+    return range(config.exploration.start, config.exploration.until or config.sampler.steps - 1)
+
+
+def with_noise(config: Config) -> Config:
+    """The config, but with CPS (arXiv 2509.05952) for a sampler that has no noise to explore a single step with."""
+    if config.sampler.kind != "ode":
+        return config
+    return dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, kind="cps", eta=0.6))
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a recipe (or a run's `config.yaml`); raises ValueError with one plain line when it cannot be one."""
     try:
@@ -295,16 +382,6 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def dump_yaml(config: Config) -> str:
     """The resolved config as YAML that `load_yaml` and `resolve` read back to an equal one."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)  # type: ignore[call-overload]
-
-
-def merge(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Nested mappings laid over one another, the later winning; none is changed."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            below = merged.get(key)
-            merged[key] = merge(below, value) if isinstance(below, dict) and isinstance(value, dict) else value
-    return merged
 
 
 def settings(kind: type = Config, prefix: str = "") -> list[str]:
@@ -328,7 +405,7 @@ def _choices(algorithm: Any) -> dict[str, Any]:
     if algorithm not in list(ALGORITHMS):  # a list compares where a dict hashes, and YAML may hand us a list
         hint = did_you_mean(str(algorithm), ALGORITHMS)
         raise ValueError(f"algorithm: {algorithm!r} is not one of {', '.join(ALGORITHMS)}{hint}")
-    return ALGORITHMS[algorithm]
+    return ALGORITHMS[algorithm].choices
 
 
 def _refuse_unknown(given: dict[str, Any], kind: type, prefix: str = "") -> None:
@@ -366,38 +443,76 @@ def _check_budget(config: Config) -> None:
                 f"rollouts_per_step: {rollouts} rollouts cannot be split into {low} to {high} for each of {prompts} "
                 f"prompts; ask for {prompts * low} to {prompts * high}"
             )
-    if config.sampler.kind == "awm" and config.sampler.shared_noise:
-        raise ValueError(
-            "sampler.shared_noise: rollouts of sampler.kind awm differ by their first noise alone, so it cannot be "
-            "shared; leave it false, or choose flow_sde, dance_sde or cps"
-        )
-    by_noise = config.exploration.rule in ("policy_noise", "reward_spread") or (
-        config.exploration.rule == "entropy_peaks" and config.exploration.reading == "times_noise"
-    )
-    if config.sampler.kind == "awm" and by_noise:
-        raise ValueError(
-            f"exploration.rule: {config.exploration.rule} goes by a sampler's noise here, and sampler.kind awm has "
-            "none; choose another rule or reading, or flow_sde, dance_sde or cps"
-        )
-    if (config.exploration.rule, config.exploration.reading, config.exploration.per) == (
-        "entropy_peaks",
-        "above_batch",
-        "batch",
-    ):
+    _check_sampler(config)
+    _check_exploration(config)
+
+
+def _check_sampler(config: Config) -> None:
+    sampler, loss = config.sampler, config.loss.kind
+    if sampler.kind == "ddim" and sampler.eta > 1:
+        raise ValueError(f"sampler.eta: {sampler.eta} is above 1, the most noise that ddim can take; lower it")
+    if sampler.kind != "ode":
+        if loss in MATCHING_LOSSES:
+            raise ValueError(
+                f"loss.kind: {loss} is of finished images, for rollouts without noise; choose sampler.kind ode, or "
+                "clip, guard or dppo"
+            )
+        return
+    needs_noise = {
+        "sampler.shared_noise": (sampler.shared_noise, "false"),
+        "sampler.solver": (sampler.solver != "euler", "euler"),
+        "sampler.compress": (sampler.compress < 1, "1"),
+        "exploration.branch": (config.exploration.branch != "none", "none"),
+        "exploration.merge": (config.exploration.merge is not None, "null"),
+        "loss.weight": (config.loss.weight != "none", "none"),
+        "loss.kind": (loss in NOISY_LOSSES, "clip, nft, ram, dgpo or dpo"),
+    }
+    for name, (wrong, right) in needs_noise.items():
+        if wrong:
+            raise ValueError(
+                f"{name}: rollouts of sampler.kind ode take no noise on their way, which this is about; leave it "
+                f"{right}, or choose flow_sde, dance_sde, cps, ddim or dpm_sde"
+            )
+
+
+def _check_exploration(config: Config) -> None:
+    how, steps = config.exploration, config.sampler.steps
+    if (how.rule, how.reading, how.per) == ("entropy_peaks", "above_batch", "batch"):
         raise ValueError(
             "exploration.reading: above_batch compares a prompt with the step's others; exploration.per must be prompt"
         )
-    k, apart = config.exploration.k, config.exploration.min_distance
-    if config.exploration.rule != "all" and k >= config.sampler.steps:
+    if how.branch != "none" and not config.sampler.shared_noise:
         raise ValueError(
-            f"exploration.k: {k} steps to explore, but only the first {config.sampler.steps - 1} "
-            f"of {config.sampler.steps} can be: the last never is; lower it, or raise sampler.steps"
+            f"exploration.branch: {how.branch} lets a prompt's rollouts begin as one; set sampler.shared_noise true"
         )
-    if config.exploration.rule not in ("all", "window") and (k - 1) * apart >= config.sampler.steps - 1:
+    if how.branch == "tree" and how.merge is not None:
+        raise ValueError("exploration.merge: a tree is noisy at every step, so none is merged; leave it null")
+    if config.advantage.best_of == 1:
+        raise ValueError("advantage.best_of: one rollout alone is not better than any; give 0 for all, or 2 or more")
+    if config.loss.kind == "dpo" and config.advantage.best_of != 2:
+        raise ValueError("advantage.best_of: dpo compares the best with the worst of a group; it must be 2")
+    if how.until >= steps:
         raise ValueError(
-            f"exploration.min_distance: {k} steps to explore do not fit {apart} apart into the first "
-            f"{config.sampler.steps - 1} of {config.sampler.steps}; lower it or exploration.k, or raise sampler.steps"
+            f"exploration.until: {how.until} is beyond the last of {steps} steps, which never explores; give at most "
+            f"{steps - 1}, or 0"
         )
+    room = explorable(config)
+    if not room:
+        raise ValueError(
+            f"exploration.start: no step from {how.start} on may explore; lower it, or raise exploration.until"
+        )
+    if how.rule != "all" and how.k > len(room):
+        raise ValueError(
+            f"exploration.k: {how.k} steps to explore, but only {room[0]} to {room[-1]} of {steps} can; "
+            "lower it, or raise sampler.steps"
+        )
+    if how.rule != "all" and (how.k - 1) * how.min_distance >= len(room):
+        raise ValueError(
+            f"exploration.min_distance: {how.k} steps to explore do not fit {how.min_distance} apart into steps "
+            f"{room[0]} to {room[-1]}; lower it or exploration.k, or raise sampler.steps"
+        )
+    if how.skip >= steps - 1:
+        raise ValueError(f"exploration.skip: {how.skip} steps left out leave none of {steps - 1} to train; lower it")
 
 
 def _one_line(error: ValidationError) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aegpo.types import Plan, Signals
+from aegpo.types import Plan, Rollouts, Signals
 
 
 def write(run: Path, metrics: dict[str, Any]) -> None:
@@ -50,15 +50,16 @@ def fingerprint(*settings: Any) -> str:
     return hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
 
 
-def describe(plan: Plan, signals: Signals | None, scores: Tensor, advantage: Tensor) -> dict[str, Any]:
-    """What a step's plan was, and what it brought, as plain numbers."""
-    group = plan.group
-    silent = len(plan.rollouts) - len(group[advantage != 0].unique())
+def describe(
+    plan: Plan, rollouts: Rollouts, signals: Signals | None, scores: Tensor, advantage: Tensor
+) -> dict[str, Any]:
+    """What a step's plan was, and what it brought, as plain numbers; `advantage` is (n, N)."""
+    silent = len(plan.rollouts) - len(rollouts.group[(advantage != 0).any(1)].unique())
     metrics = {
         "reward/mean": scores.mean().item(),
         "reward/std": scores.std(correction=0).item(),
         "allocation": plan.rollouts.tolist(),
-        "explored_steps": (plan.explored * plan.rollouts[:, None]).sum(0).tolist(),
+        "explored_steps": rollouts.courses.explored.sum(0).tolist(),
         "zero_advantage_groups": silent,
     }
     if signals is not None:

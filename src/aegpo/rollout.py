@@ -4,7 +4,8 @@ Noise is keyed by what it is for, never by where it stands in a batch: a rollout
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -12,13 +13,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from aegpo.adapt.courses import lay_out
 from aegpo.adapt.memory import Memory
-from aegpo.config import RIDERS, SPREAD_PROMPTS, SPREAD_ROLLOUTS, Config, Sampler
-from aegpo.math.transitions import log_prob, transition
+from aegpo.adapt.plan import policy_noise
+from aegpo.config import (
+    GROUP_LOSSES,
+    RIDERS,
+    SPREAD_PROMPTS,
+    SPREAD_ROLLOUTS,
+    Config,
+    Exploration,
+    Sampler,
+    needs_velocity,
+    with_noise,
+)
+from aegpo.math.solvers import dpmpp_2m
+from aegpo.math.transitions import transition
 from aegpo.models.base import Denoiser
 from aegpo.models.probe import AttentionProbe
 from aegpo.rewards import Reward
-from aegpo.types import Conditions, Plan, Prompt, Rollouts, Signals, Transitions, Trunk
+from aegpo.types import Conditions, Courses, Plan, Prompt, Rollouts, Signals, Transitions, Trunk
 
 ROLLOUT, TRUNK, EVALUATION, SPREAD = 0, 1, 2, 6  # what noise is for: the first number of its key
 
@@ -95,14 +109,29 @@ def entropy_curves(
 
 
 def walk_trunk(
-    model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, plan: Plan, config: Config, visit: int
+    model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, length: Tensor, config: Config, visit: int
 ) -> Trunk:
-    """The trunk without the probe: each prompt's noiseless trajectory, to where its rollouts leave it."""
+    """The trunk without the probe: each prompt's noiseless trajectory, so many steps of it; `length` is int64 (P,)."""
     parts = []
     for part in torch.arange(len(prompts)).split(config.optimizer.micro_batch):
         x = _own_latents(model, [prompts[i] for i in part.tolist()], config, visit)
-        parts.append(denoise(model, x, conditions, part, config.sampler, plan.leaves[part] + 1))
+        parts.append(denoise(model, x, conditions, part, config.sampler, length[part]))
     return _joined(parts)
+
+
+def shared_trunk(
+    model: Denoiser,
+    prompts: Sequence[Prompt],
+    conditions: Conditions,
+    plan: Plan,
+    config: Config,
+    step: int,
+    visit: int,
+) -> Trunk:
+    """The trunk without the probe, to where the last of each prompt's rollouts leaves it."""
+    courses = lay_out(plan, config, prompts, model.sigmas(config.sampler.steps), step)
+    last = torch.zeros_like(plan.rollouts).scatter_reduce(0, plan.group, courses.leaves, "amax")
+    return walk_trunk(model, prompts, conditions, last + 1, config, visit)
 
 
 @torch.no_grad()
@@ -123,6 +152,7 @@ def collect(
     velocity that the trunk had there. With a trunk, a quarter of each group does so (RIDERS), and under
     `sampler.shared_noise` all; the others start from noises of their own, since a group that shares one does not show
     how much first noises differ in reward. Where rollouts are ODE, only the first is on it: two would be one image.
+    Rollouts that are one node of a tree are computed once, together with all nodes of all prompts at that step.
 
     Args:
         model: the policy.
@@ -136,49 +166,86 @@ def collect(
         purpose: what the rollouts are for, a part of every noise's key too.
 
     Returns:
-        The images, in the order of `plan.group`, and what was explored.
+        The images, in the order of `plan.group`, their ways, and what was explored.
     """
     sampler, most = config.sampler, config.optimizer.micro_batch
-    prompt, matching = plan.group, config.sampler.kind == "awm"
+    sigmas = model.sigmas(sampler.steps)
+    courses, prompt = lay_out(plan, config, prompts, sigmas, step), plan.group
+    everyone = torch.arange(len(prompt))
     names = [(p, i) for p, count in enumerate(plan.rollouts.tolist()) for i in range(count)]
     keys = [(purpose, config.seed, step, prompts[p].id, i) for p, i in names]
     fresh = partial(_noise_of_step, model.latent_shape, keys)
-    explored = plan.explored[prompt]
 
-    x = _first_latents(model, [(*key, 0) for key in keys])
+    x = _first_latents(model, [(*keys[i], 0) for i in courses.node[:, 0].tolist()])
     leaves = torch.full_like(prompt, -1)  # the step at which a rollout leaves its trunk: most were never on one
     if trunk is not None:
-        riders = [1 if matching else max(1, count // RIDERS) for count in plan.rollouts.tolist()]
+        riders = [1 if sampler.kind == "ode" else max(1, count // RIDERS) for count in plan.rollouts.tolist()]
         on_trunk = torch.tensor([sampler.shared_noise or i < riders[p] for p, i in names])
-        leaves[on_trunk] = sampler.steps if matching else plan.leaves[prompt[on_trunk]]
+        leaves[on_trunk] = courses.leaves[on_trunk]
         x[on_trunk] = trunk.latents[prompt[on_trunk], leaves[on_trunk]]
 
     rows = []
-    sigmas = model.sigmas(sampler.steps)
+    last_noise = (courses.noisy * torch.arange(1, sampler.steps + 1)).amax(1)  # the point after the last noisy step
+    clean, sigma_before = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.float64)  # what a solver remembers
     for at in range(sampler.steps):
-        sigma, sigma_next = sigmas[at].item(), sigmas[at + 1].item()
-        here = (leaves <= at).nonzero().flatten()
-        velocity = torch.empty_like(x)
+        lands = courses.lands[:, at]
+        walks = (leaves <= at) & (lands > 0)
+        computed = walks & (leaves < at) & (courses.node[:, at] == everyone)
+        velocity = torch.zeros_like(x)
         if trunk is not None:
             velocity[leaves == at] = trunk.velocities[prompt[leaves == at], at]
-        for part in _batches(leaves < at, most):
+        for part in _batches(computed, most):
             velocity[part] = model.predict(x[part], sigmas[at], conditions, prompt[part], sampler.guidance)
             progress(len(part))
-        progress(int((leaves >= at).sum()))
+        progress(len(x) - int(computed.sum()))
+        velocity = velocity[courses.node[:, at]]
+
         x_next = x.clone()
-        x_next[here], _ = transition(x[here], velocity[here], sigma, sigma_next, "ode", eta=0.0)
-        if not matching and len(which := explored[:, at].nonzero().flatten()):
-            mean, std = transition(
-                x[which], velocity[which], sigma, sigma_next, sampler.kind, sampler.eta, sigmas[1].item()
+        for which in _some(walks & ~courses.noisy[:, at]):
+            x_next[which], _ = transition(x[which], velocity[which], sigmas[at], sigmas[lands[which]], "ode", eta=0.0)
+        for which in _some(walks & (at >= last_noise)) if sampler.solver == "dpm2m" else ():
+            x_next[which], clean[which] = dpmpp_2m(
+                x[which], velocity[which], sigmas[at], sigmas[lands[which]], clean[which], sigma_before[which]
             )
-            x_next[which] = mean + std * torch.stack([fresh(i, at) for i in which.tolist()]).to(x.device)
-            rows.append(_rows(x[which], x_next[which], mean, std, torch.full_like(which, at), which, prompt))
+            sigma_before[which] = sigmas[at]
+        for which in _some(walks & courses.noisy[:, at]):
+            mean, std = transition(
+                x[which], velocity[which], sigmas[at], sigmas[lands[which]], sampler.kind, sampler.eta, sigmas[1]
+            )
+            child = courses.node[which, lands[which]]
+            x_next[which] = mean + std * torch.stack([fresh(i, at) for i in child.tolist()]).to(x.device)
+            own = which[courses.trained[which, at] & (child == which)]
+            weight = plan.weight[prompt[own], at] * _step_weight(config, sigmas, at, lands[own])
+            rows.append(
+                _rows(x[own], x_next[own], velocity[own], torch.full_like(own, at), lands[own], prompt, own, weight)
+            )
         x = x_next
-    if matching:
-        rows = revisit(model, x, conditions, prompt, config, explored, fresh)
+    if sampler.kind == "ode":
+        rows = revisit(model, x, conditions, prompt, plan, config, courses, fresh)
     transitions = Transitions(**{name: torch.cat([getattr(row, name) for row in rows]) for name in vars(rows[0])})
+    together = transitions.prompt * sampler.steps + transitions.step
+    unit = together if config.loss.kind in GROUP_LOSSES else torch.arange(len(transitions))
     images = np.concatenate([model.decode(part) for part in x.split(most)])
-    return Rollouts(images, prompt, transitions)
+    return Rollouts(images, prompt, courses, replace(transitions, unit=unit))
+
+
+@contextmanager
+def acting(model: Denoiser, weights: Sequence[Tensor] | None) -> Iterator[None]:
+    """Within it, the policy has other weights, in the order of `model.trainable`, unless there are none."""
+    if weights is None:
+        yield
+        return
+    own = [parameter.detach().clone() for parameter in model.trainable.values()]
+    _put(model, weights)
+    try:
+        yield
+    finally:
+        _put(model, own)
+
+
+def _put(model: Denoiser, weights: Sequence[Tensor]) -> None:
+    for parameter, weight in zip(model.trainable.values(), weights, strict=True):
+        parameter.data.copy_(weight)
 
 
 def draw(model: Denoiser, prompts: Sequence[Prompt], config: Config) -> np.ndarray:
@@ -207,19 +274,20 @@ def reward_spread(
     """How far exploring each step alone spreads the rewards of a group: what exploring it is worth.
 
     A few rollouts of the first few prompts start from their prompt's noise and explore one step alone, for every step
-    but the last.
+    but the last. Where the sampler has no noise, CPS stands in for it.
 
     Returns:
         float64 (N,): the standard deviation of reward inside a group, mean over the prompts; 0 for the last step.
     """
     few, steps = min(SPREAD_PROMPTS, len(prompts)), config.sampler.steps
-    shared = replace(config, sampler=replace(config.sampler, shared_noise=True))
+    sampler = replace(with_noise(config).sampler, shared_noise=True, solver="euler", compress=1.0)
+    shared = replace(config, sampler=sampler, exploration=Exploration())
     each = torch.eye(steps, dtype=torch.bool)[:-1]
     if trunk is None:
-        all_the_way = Plan(torch.ones(few, dtype=torch.int64), each[-1:].expand(few, -1))
-        trunk = walk_trunk(model, prompts[:few], conditions, all_the_way, shared, visit)
+        trunk = walk_trunk(model, prompts[:few], conditions, torch.full((few,), steps - 1), shared, visit)
     owner = torch.arange(few).repeat_interleave(steps - 1)  # every prompt once for each step
-    plan = Plan(torch.full_like(owner, SPREAD_ROLLOUTS), each.repeat(few, 1))
+    alike = torch.ones(len(owner), steps, dtype=torch.float64)
+    plan = Plan(torch.full_like(owner, SPREAD_ROLLOUTS), each.repeat(few, 1), alike)
     asked = [prompts[i] for i in owner.tolist()]
     drawn = collect(model, asked, conditions[owner], plan, shared, step, trunk[owner], purpose=SPREAD)
     judged = [asked[i] for i in drawn.group.tolist()]
@@ -265,6 +333,11 @@ def _batches(which: Tensor, most: int) -> Sequence[Tensor]:
     return places.tensor_split(math.ceil(len(places) / most)) if len(places) else ()
 
 
+def _some(which: Tensor) -> Sequence[Tensor]:
+    """The places where `which`, bool (n,), holds, as one part; none where there are none."""
+    return (which.nonzero().flatten(),) if which.any() else ()
+
+
 def _joined(parts: Sequence[Trunk]) -> Trunk:
     return Trunk(torch.cat([part.latents for part in parts]), torch.cat([part.velocities for part in parts]))
 
@@ -275,51 +348,81 @@ def revisit(
     x0: Tensor,
     conditions: Conditions,
     prompt: Tensor,
+    plan: Plan,
     config: Config,
-    explored: Tensor,
+    courses: Courses,
     fresh: Callable[[int, int], Tensor],
 ) -> list[Transitions]:
-    """Clean latents brought back to their explored steps, as transitions from there to what they were.
+    """Clean latents brought back to their explored noise levels, as transitions from there to what they were.
 
-    This is how advantage-weighted matching (arXiv 2509.25050) explores: rollouts differ by their first noise alone, and
-    what is trained is the prediction of a good image, and against that of a bad one, from any noise level.
+    This is how forward-process methods (arXiv 2509.16117, 2509.25050) explore: rollouts differ by their first noise
+    alone, and what is trained is the prediction of a good image, and against that of a bad one, from any noise level.
+    Where a loss compares a whole group, it is brought back by one noise, that of its first rollout (2510.08425).
 
     Args:
         model: the policy that drew the latents.
-        x0: clean latents, float32 (B, ...).
+        x0: clean latents, float32 (n, ...).
         conditions: the encoded prompts.
-        prompt: int64 (B,), the row of the conditions that each latent belongs to.
+        prompt: int64 (n,), the row of the conditions that each latent belongs to.
+        plan: how much each noise level counts.
         config: a resolved config.
-        explored: bool (B, N).
+        courses: the noise levels.
         fresh: noise for (latent, denoising step).
 
     Returns:
-        The transitions, `rollout` counting the latents of this batch.
+        The transitions, `rollout` counting the latents.
     """
     sampler = config.sampler
     sigmas = model.sigmas(sampler.steps)
+    whose = prompt.new_tensor([prompt.tolist().index(p) for p in prompt.tolist()])
+    whose = whose if config.loss.kind in GROUP_LOSSES else torch.arange(len(x0))
     rows = []
-    for part in explored.nonzero().split(config.optimizer.micro_batch):
+    for part in courses.trained.nonzero().split(config.optimizer.micro_batch):
         which, step = part.unbind(1)
-        clean, sigma = x0[which.to(x0.device)], sigmas[step].to(x0)
-        e = torch.stack([fresh(i, t) for i, t in part.tolist()]).to(x0.device)
+        clean, sigma = x0[which], sigmas[step].to(x0)
+        e = torch.stack([fresh(i, t) for i, t in zip(whose[which].tolist(), step.tolist(), strict=True)]).to(x0.device)
         x = torch.lerp(clean, e, sigma.reshape(-1, *[1] * (x0.ndim - 1)))
-        velocity = model.predict(x, sigma, conditions, prompt[which], sampler.guidance)
-        mean, std = transition(x, velocity, sigma, 0.0, sampler.kind, sampler.eta)
-        rows.append(_rows(x, clean, mean, std, step, which, prompt))
+        velocity = torch.zeros_like(x)
+        if needs_velocity(config):
+            velocity = model.predict(x, sigma, conditions, prompt[which], sampler.guidance)
+        end = torch.full_like(step, sampler.steps)
+        rows.append(_rows(x, clean, velocity, step, end, prompt, which, plan.weight[prompt[which], step]))
     return rows
 
 
 def _rows(
-    x: Tensor, x_next: Tensor, mean: Tensor, std: Tensor, step: Tensor, rollout: Tensor, prompt: Tensor
+    x: Tensor,
+    x_next: Tensor,
+    velocity: Tensor,
+    step: Tensor,
+    until: Tensor,
+    prompt: Tensor,
+    rollout: Tensor,
+    weight: Tensor,
 ) -> Transitions:
-    """What was explored, with its log-probability under the policy that explored; the advantage is not known yet."""
+    """What was explored; the advantage is not known yet."""
     return Transitions(
         x=x,
         x_next=x_next,
         step=step,
+        until=until,
         prompt=prompt[rollout],
         rollout=rollout,
-        log_prob=log_prob(x_next, mean, std),
+        velocity=velocity,
+        weight=weight.to(x),
         advantage=torch.zeros(len(rollout), device=x.device),
+        unit=rollout,
     )
+
+
+def _step_weight(config: Config, sigmas: Tensor, at: int, lands: Tensor) -> Tensor:
+    """What noisy steps from one point count for, float64 (m,); see `loss.weight`."""
+    match config.loss.weight:
+        case "none":
+            return torch.ones(len(lands), dtype=torch.float64)
+        case "noise":
+            one, sampler = torch.zeros(len(lands), 1, dtype=torch.float64), config.sampler
+            _, std = transition(one, one, sigmas[at], sigmas[lands], sampler.kind, sampler.eta, sigmas[1])
+            return std.flatten() / policy_noise(config, sigmas)[:-1].mean()
+        case "step":
+            return 1 / (sigmas[at] - sigmas[lands])

@@ -16,17 +16,16 @@ from torch import Tensor, nn
 
 from aegpo import checkpoint, logbook
 from aegpo.adapt.memory import Memory
-from aegpo.adapt.plan import make_plan
-from aegpo.config import SPREAD_EVERY, Config, needs_probe
+from aegpo.adapt.plan import make_plan, remember
+from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_spread
 from aegpo.data import draw
 from aegpo.evaluation import averaged, evaluate
-from aegpo.math.advantages import group_advantages
-from aegpo.math.losses import clipped_surrogate
-from aegpo.math.transitions import gaussian_kl, log_prob, transition
+from aegpo.math.advantages import best_of, node_returns, tree_advantages
 from aegpo.models.base import Denoiser
+from aegpo.objective import objective
 from aegpo.rewards import Reward
-from aegpo.rollout import collect, probe, reward_spread, walk_trunk
-from aegpo.types import Conditions, LossOutput, Prompt, Transitions
+from aegpo.rollout import acting, collect, probe, reward_spread, shared_trunk
+from aegpo.types import Conditions, Courses, Prompt, Transitions
 
 SHUFFLE = 3  # what a random choice is for: the first number of its key
 
@@ -80,6 +79,7 @@ def train(
         weight_decay=config.optimizer.weight_decay,
     )
     average = EMAModel(model.trainable.values(), decay=config.optimizer.ema) if config.optimizer.ema else None
+    behaviour = [p.detach().clone() for p in model.trainable.values()] if config.optimizer.behaviour else None
     memory = Memory()
     remembers = logbook.fingerprint(
         *(config.model, config.seed, config.sampler, config.probe, config.allocation, config.reward),
@@ -99,10 +99,10 @@ def train(
     def save(step: int) -> None:
         state = {"forwards": model.forwards, "seconds": time.monotonic() - began, "remembers": remembers}
         limit = config.checkpoints_total_limit
-        checkpoint.save(run, step, model.trainable, optimizer, average, memory.tensors(), state, limit)
+        checkpoint.save(run, step, model.trainable, optimizer, average, behaviour, memory.tensors(), state, limit)
 
     if resume:
-        state, remembered = checkpoint.load(resume, model.trainable, optimizer, average)
+        state, remembered = checkpoint.load(resume, model.trainable, optimizer, average, behaviour)
         done, model.forwards, began = state["step"], state["forwards"], began - state["seconds"]
         if state["remembers"] == remembers:
             memory = Memory.of(remembered)
@@ -119,40 +119,66 @@ def train(
 
         visit = step // (len(prompts) // config.prompts_per_step)
 
-        signals, trunk = None, None
-        if needs_probe(config):
-            signals, trunk = probe(model, batch, conditions, config, visit, memory)
-        due = step % SPREAD_EVERY == 0 or memory.reward_spread is None
-        if config.exploration.rule == "reward_spread" and due:
-            memory.reward_spread = reward_spread(model, batch, conditions, reward, config, step, visit, trunk)
-        plan = make_plan(config, batch, signals, memory, model.sigmas(config.sampler.steps), step)
-        if config.sampler.shared_noise and trunk is None:
-            trunk = walk_trunk(model, batch, conditions, plan, config, visit)
+        with acting(model, behaviour):
+            signals, trunk = None, None
+            if needs_probe(config):
+                signals, trunk = probe(model, batch, conditions, config, visit, memory)
+            if needs_spread(config) and (step % SPREAD_EVERY == 0 or memory.reward_spread is None):
+                memory.reward_spread = reward_spread(model, batch, conditions, reward, config, step, visit, trunk)
+            plan = make_plan(config, batch, signals, memory, model.sigmas(config.sampler.steps), step)
+            if config.sampler.shared_noise and trunk is None:
+                trunk = shared_trunk(model, batch, conditions, plan, config, step, visit)
+            display.begin("rollouts", int(plan.rollouts.sum()) * config.sampler.steps)
+            rollouts = collect(model, batch, conditions, plan, config, step, trunk, display.advance)
 
-        display.begin("rollouts", int(plan.rollouts.sum()) * config.sampler.steps)
-        rollouts = collect(model, batch, conditions, plan, config, step, trunk, display.advance)
         asked = [batch[i] for i in rollouts.group.tolist()]
         judged = reward(rollouts.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
-        scores, how = torch.from_numpy(judged.score), config.advantage
-        advantage = group_advantages(scores, rollouts.group, std=how.std, eps=how.eps, clip=how.clip)
-        if config.allocation.rule == "reward_variance":
-            spread = torch.stack(
-                [scores[rollouts.group == i].std() for i in range(len(batch))]
-            )  # groups differ in size
-            memory.visit([prompt.id for prompt in batch], spread, config.allocation.smoothing)
+        scores = torch.from_numpy(judged.score)
+        remember(config, batch, scores, rollouts.group, memory)
+        advantage, taught = credit(config, scores, rollouts.group, rollouts.courses)
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(config, step)
-        rows = rollouts.transitions.with_advantages(advantage.to(model.device))
+        rows = rollouts.transitions.judged(advantage, taught)
         learned = update(config, model, optimizer, rows, conditions, step, display)
+        if behaviour is not None:
+            follow(behaviour, model, min(config.optimizer.behaviour_ramp * (step + 1), config.optimizer.behaviour))
         taken = config.optimizer.updates * (step + 1)
         if average and taken % config.optimizer.ema_every < config.optimizer.updates:
             average.optimization_step = taken  # from which diffusers takes the decay, min((1 + n) / (10 + n), decay)
             average.step(model.trainable.values())
 
         about = {"prompts": texts, "rollouts": len(scores)}
-        record(step + 1, about | logbook.describe(plan, signals, scores, advantage) | learned)
+        record(step + 1, about | logbook.describe(plan, rollouts, signals, scores, advantage) | learned)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save(step + 1)
+
+
+# ---------------------------------------------------------------- credit
+
+
+def credit(config: Config, scores: Tensor, group: Tensor, courses: Courses) -> tuple[Tensor, Tensor]:
+    """What each rollout's explored steps have to do with its reward.
+
+    A step is judged by where it landed: the mean reward of all rollouts that passed there, beside those of the others
+    of the same prompt that explored the same step. Where rollouts part at their first noise, that is their own reward
+    beside the group's; on a tree, it is BranchGRPO's advantage of an edge (arXiv 2509.06040).
+
+    Args:
+        config: a resolved config.
+        scores: (n,), the rewards.
+        group: int64 (n,), the prompt of each rollout.
+        courses: their ways.
+
+    Returns:
+        The advantages, float32 (n, N), 0 at steps that were not explored; and which steps are learned from, bool
+        (n, N): those that are trained, and lead to a rollout among the best and worst, if only these are kept.
+    """
+    how = config.advantage
+    advantage = tree_advantages(scores, group, courses.children, std=how.std, ddof=how.ddof, eps=how.eps, clip=how.clip)
+    if not how.best_of:
+        return advantage, courses.trained
+    kept = best_of(scores, group, how.best_of)
+    return advantage, courses.trained & (node_returns(kept.double(), courses.children) > 0)
 
 
 # ---------------------------------------------------------------- update
@@ -176,72 +202,73 @@ def update(
 
     Rows without an advantage, such as all of a group whose rewards are equal, teach nothing and are left out before the
     forward. The loss is summed over the others and divided by the number of all, so a step with few of them is a small
-    one; what is logged are means over the others.
+    one; what is logged are means over the others, and null what the loss does not know.
     """
     share = len(rows) / config.optimizer.updates
-    rows = rows[rows.advantage.nonzero().flatten().cpu()]
-    order = torch.from_numpy(np.random.default_rng([SHUFFLE, config.seed, step]).permutation(len(rows)))
+    rows = rows[torch.isin(rows.unit, rows.unit[rows.advantage.cpu() != 0]).nonzero().flatten()]
+    key = [SHUFFLE, config.seed, step]
     display.begin("update", len(rows))
-    totals: dict[str, float] = {}
+    totals: dict[str, float | None] = dict.fromkeys(("loss", "ratio/mean", "clip_fraction", "approx_kl"))
     grad_norms = []
     first_error = 0.0
-    for number, dealt in enumerate(order.tensor_split(config.optimizer.updates)):
-        if len(dealt) == 0:
+    for number, micros in enumerate(deal(rows.unit, config.optimizer.updates, config.optimizer.micro_batch, key)):
+        if not micros:
             continue
         optimizer.zero_grad()
-        for micro in dealt.split(config.optimizer.micro_batch):
+        for micro in micros:
             loss = objective(config, model, rows[micro], conditions)
-            (loss.value / share).backward()
-            for name, value in loss.metrics.items():
-                totals[name] = totals.get(name, 0.0) + value.item()
-            if number == 0:
-                first_error = max(first_error, loss.metrics["ratio/first_error"].item())
+            (loss.rows.sum() / share).backward()
+            for name, values in loss.metrics.items():
+                totals[name] = (totals.get(name) or 0.0) + values.sum().item()
+            if number == 0 and "ratio/mean" in loss.metrics:
+                first_error = max(first_error, (loss.metrics["ratio/mean"] - 1).abs().max().item())
             display.advance(len(micro))
         norm = nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm)
         if not norm.isfinite():
             raise FloatingPointError(f"the gradient of step {step + 1} is not finite; lower optimizer.lr and resume")
         grad_norms.append(norm.item())
         optimizer.step()
-    means = {name: total / len(rows) for name, total in totals.items()}
+    means = {name: None if total is None else total / len(rows) for name, total in totals.items()}
     return means | {
         "rows": len(rows),
         "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
-        "ratio/first_error": first_error,
+        "ratio/first_error": None if means["ratio/mean"] is None else first_error,
         "lr": optimizer.param_groups[0]["lr"],
     }
 
 
-def objective(config: Config, model: Denoiser, rows: Transitions, conditions: Conditions) -> LossOutput:
-    """The clipped surrogate of explored transitions, and the KL to the base policy, summed over the rows.
+def deal(unit: Tensor, updates: int, most: int, key: list[int]) -> list[list[Tensor]]:
+    """Rows in a random order, in as many parts as there are optimizer steps, each in micro-batches.
 
-    One forward serves rows of any prompts and denoising steps.
+    Rows of one unit stay together; a micro-batch holds no more than `most` rows unless a single unit does.
+
+    Args:
+        unit: int64 (m,), the unit of each row.
+        updates: optimizer steps.
+        most: rows in a micro-batch.
+        key: what the order depends on.
+
+    Returns:
+        For each optimizer step its micro-batches, as places of rows.
     """
-    sampler = config.sampler
-    sigmas = model.sigmas(sampler.steps)
-    sigma, sigma_next = sigmas[rows.step].to(rows.x), sigmas[rows.step + 1].to(rows.x)
+    _, place, size = unit.unique(return_inverse=True, return_counts=True)
+    members = place.argsort(stable=True).split(size.tolist())
+    order = torch.from_numpy(np.random.default_rng(key).permutation(len(size)))
+    dealt = []
+    for part in order.tensor_split(updates):
+        micros: list[list[Tensor]] = []
+        held = most
+        for i in part.tolist():
+            if held + len(members[i]) > most:
+                micros.append([])
+                held = 0
+            micros[-1].append(members[i])
+            held += len(members[i])
+        dealt.append([torch.cat(micro) for micro in micros])
+    return dealt
 
-    def transition_mean() -> tuple[Tensor, Tensor]:
-        velocity = model.predict(rows.x, sigma, conditions, rows.prompt, sampler.guidance)
-        return transition(rows.x, velocity, sigma, sigma_next, sampler.kind, sampler.eta, sigmas[1].item())
 
-    mean, std = transition_mean()
-    current = log_prob(rows.x_next, mean, std)
-    loss = clipped_surrogate(current, rows.log_prob, rows.advantage, config.loss.clip_low, config.loss.clip_high)
-    log_ratio = (current - rows.log_prob).detach()
-    ratio = log_ratio.exp()
-    metrics = {
-        "ratio/mean": ratio.sum(),
-        "ratio/first_error": (ratio - 1).abs().max(),
-        "clip_fraction": ((ratio < 1 - config.loss.clip_low) | (ratio > 1 + config.loss.clip_high)).float().sum(),
-        "approx_kl": log_ratio.square().sum() / 2,
-    }
-    if config.loss.kl:
-        with torch.no_grad(), model.reference():
-            base_mean, _ = transition_mean()
-        # Flow-GRPO divides by 2 g^2, not by an SDE's true variance g^2 h: its weight belongs to h times the divergence.
-        factor = sigma - sigma_next if sampler.kind in ("flow_sde", "dance_sde") else 1.0
-        divergence = gaussian_kl(mean, base_mean, std) * factor
-        loss = loss + config.loss.kl * divergence
-        metrics["kl"] = divergence.detach().sum()
-    metrics["loss"] = loss.detach().sum()
-    return LossOutput(loss.sum(), metrics)
+def follow(behaviour: list[Tensor], model: Denoiser, decay: float) -> None:
+    """Let the policy that draws the rollouts follow the one that is trained: decay times itself, and else the other."""
+    for average, parameter in zip(behaviour, model.trainable.values(), strict=True):
+        average.lerp_(parameter.detach(), 1 - decay)

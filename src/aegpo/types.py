@@ -1,12 +1,13 @@
 """The plain data that flows through a step: prompts -> signals -> plan -> rollouts -> transitions -> loss.
 
-Shape letters: P prompts of a step, N denoising steps, n rollouts of all prompts together, m explored transitions.
+Shape letters: P prompts of a step, N denoising steps, n rollouts of all prompts together, m rows: explored transitions.
 """
 
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -94,42 +95,85 @@ class Plan:
     Attributes:
         rollouts: int64 (P,), how many images each prompt gets.
         explored: bool (P, N), at which denoising steps they explore; every other step is ODE.
+        weight: float64 (P, N), what a row of that prompt and step counts for in the loss.
     """
 
     rollouts: Tensor
     explored: Tensor
+    weight: Tensor
 
     @property
     def group(self) -> Tensor:
         """The prompt of every rollout, int64 (n,): prompt 0's rollouts first, then prompt 1's."""
         return self.rollouts.new_tensor(range(len(self.rollouts))).repeat_interleave(self.rollouts)
 
+
+@dataclass(frozen=True)
+class Courses:
+    """The way of each of n rollouts through the noise schedule's N + 1 points: the plan, worked out.
+
+    Rollouts of one prompt may share their way for a while, as the leaves of a tree do: they are one node then, which
+    is computed once and named after the first of them.
+
+    Attributes:
+        lands: int64 (n, N), the point at which the step from each point lands; 0 where the rollout does not pass.
+        noisy: bool (n, N), where it takes fresh noise; every other step is ODE.
+        node: int64 (n, N + 1), the first of the rollouts that are one with it at each point; alone, itself.
+        explored: bool (n, N), the steps whose choice is judged by the reward: the noisy ones, or, where none is, the
+            noise levels to which the finished image is brought back.
+        trained: bool (n, N), those of them that become rows.
+    """
+
+    lands: Tensor
+    noisy: Tensor
+    node: Tensor
+    explored: Tensor
+    trained: Tensor
+
     @property
     def leaves(self) -> Tensor:
-        """Each prompt's first explored step, int64 (P,): until there, rollouts from one noise are one trajectory."""
-        return self.explored.int().argmax(1)
+        """Each rollout's first noisy step, int64 (n,), N without any: from one first noise, all are one until there."""
+        steps = self.noisy.shape[1]
+        return self.noisy.int().argmax(1).where(self.noisy.any(1), steps)
+
+    @property
+    def children(self) -> Tensor:
+        """The node at which each rollout's explored steps land, int64 (n, N); -1 at steps that it does not explore.
+
+        This is what is judged: rollouts of one prompt that explored the same step are compared, those of one node as
+        one. Where no step is noisy, every rollout stands for itself.
+        """
+        landed = self.node.gather(1, self.lands)
+        alone = torch.arange(len(landed)).unsqueeze(1).expand_as(landed)
+        return landed.where(self.noisy, alone).where(self.explored, -1)
 
 
 @dataclass(frozen=True)
 class Transitions:
-    """Explored transitions, one a row; rows of all prompts and denoising steps stand together.
+    """What was explored, one choice a row; rows of all prompts and denoising steps stand together.
 
     Attributes:
-        x, x_next: float32 (m, ...), the latent before and after; after `awm`'s jump it is the clean one.
-        step: int64 (m,), the denoising step at whose noise level `x` stands.
+        x, x_next: float32 (m, ...), the latent before and after.
+        step, until: int64 (m,), the points of the noise schedule at which those stand. A finished image that was
+            brought back to a noise level goes from there to N, the end.
         prompt: int64 (m,), the row of the step's `Conditions`.
-        rollout: int64 (m,), the rollout it belongs to.
-        log_prob: float32 (m,), under the policy that drew it.
+        rollout: int64 (m,), the rollout it belongs to, the first one of a node.
+        velocity: float32 (m, ...), what the policy that drew it predicted at `x`, after guidance.
+        weight: float32 (m,), what it counts for in the loss.
         advantage: float32 (m,).
+        unit: int64 (m,), rows that a loss must see together: one number for each such set.
     """
 
     x: Tensor
     x_next: Tensor
     step: Tensor
+    until: Tensor
     prompt: Tensor
     rollout: Tensor
-    log_prob: Tensor
+    velocity: Tensor
+    weight: Tensor
     advantage: Tensor
+    unit: Tensor
 
     def __len__(self) -> int:
         return len(self.step)
@@ -137,9 +181,11 @@ class Transitions:
     def __getitem__(self, index: Tensor) -> "Transitions":
         return Transitions(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
-    def with_advantages(self, advantage: Tensor) -> "Transitions":
-        """The rows with their rollout's advantage; `advantage` is float32 (n,)."""
-        return replace(self, advantage=advantage[self.rollout])
+    def judged(self, advantage: Tensor, taught: Tensor) -> "Transitions":
+        """The rows that are to be learned from, with their advantages; both are (n, N): of each rollout's steps."""
+        rollout, step = self.rollout.cpu(), self.step.cpu()
+        rows = replace(self, advantage=advantage[rollout, step].to(self.x.device))
+        return rows[taught[rollout, step].nonzero().flatten()]
 
 
 @dataclass(frozen=True)
@@ -149,11 +195,13 @@ class Rollouts:
     Attributes:
         images: uint8 (n, height, width, 3).
         group: int64 (n,), the prompt of each.
+        courses: the way each took.
         transitions: what was explored while drawing them; advantages still zero.
     """
 
     images: np.ndarray
     group: Tensor
+    courses: Courses
     transitions: Transitions
 
 
@@ -172,7 +220,17 @@ class Judgement:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """The loss of a micro-batch (summed over its rows) and what is logged of it, each summed over rows."""
+    """The loss of some rows, and what is logged of it.
 
-    value: Tensor
+    Attributes:
+        rows: (n,), each row's loss, to be minimised.
+        metrics: (n,) each, without gradient.
+    """
+
+    rows: Tensor
     metrics: dict[str, Tensor]
+
+    @property
+    def value(self) -> Tensor:
+        """The mean over the rows, a scalar."""
+        return self.rows.mean()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aegpo.math.advantages import group_advantages
+from aegpo.math.advantages import best_of, gdpo, group_advantages, node_returns, tree_advantages
 
 
 def ids(*values: int) -> torch.Tensor:
@@ -129,3 +129,216 @@ def test_unknown_std_is_named():
 def test_float_group_ids_are_our_own_mistake():
     with pytest.raises(AssertionError, match="int64"):
         group_advantages(torch.tensor([1.0, 2.0]), torch.tensor([0.0, 0.0]))
+
+
+# Two prompts: one tree of four leaves that splits at depth 0 and depth 2, and one of three leaves that is deeper.
+TREE = torch.tensor([[7, 7, 40], [7, 7, 2], [3, 3, 5], [3, 3, 9], [1, 30, 0], [1, 31, 7], [1, 31, 8]])
+LEAVES = torch.tensor([1.0, 2, 3, 6, 5, 1, 3])
+TREE_GROUP = ids(4, 4, 4, 4, -2, -2, -2)
+
+
+def test_return_of_a_node_is_the_mean_of_its_leaves():
+    expected = [[1.5, 1.5, 1], [1.5, 1.5, 2], [4.5, 4.5, 3], [4.5, 4.5, 6], [3, 5, 5], [3, 2, 1], [3, 2, 3]]
+    got = node_returns(LEAVES, TREE)
+    assert got.dtype == torch.float64
+    assert got.flatten().tolist() == pytest.approx(np.ravel(expected).tolist(), abs=1e-15)
+
+
+def test_path_log_probabilities_weigh_the_leaves_of_a_node_by_their_softmax():
+    log_prob = torch.tensor([[0.0, 1e4, 0], [np.log(3), 1e4, 0], [-1e4, 5, 0], [-1e4, 3, 0]] + [[np.nan] * 3] * 3)
+    node = TREE.clone()
+    node[4:] = -1
+    got = node_returns(LEAVES, node, log_prob)
+    second = (3 * np.exp(5) + 6 * np.exp(3)) / (np.exp(5) + np.exp(3))
+    expected = [[1.75, 1.5, 1], [1.75, 1.5, 2], [4.5, second, 3], [4.5, second, 6]]
+    assert got[:4].flatten().tolist() == pytest.approx(np.ravel(expected).tolist(), abs=1e-9)
+    assert not got[4:].any()
+    alike = node_returns(LEAVES, TREE, torch.full((7, 3), -2.5))
+    torch.testing.assert_close(alike, node_returns(LEAVES, TREE))
+
+
+def test_returns_equal_a_loop_over_the_nodes():
+    generator = torch.Generator().manual_seed(0)
+    node = torch.randint(-1, 6, (40, 5), generator=generator)
+    rewards = torch.randn(40, generator=generator, dtype=torch.float64)
+    log_prob = torch.randn(40, 5, generator=generator)
+    plain, weighed = np.zeros((40, 5)), np.zeros((40, 5))
+    for depth in range(5):
+        for one in range(6):
+            own = (node[:, depth] == one).numpy()
+            weight = np.exp(log_prob[:, depth].double().numpy()[own])
+            plain[own, depth] = rewards.numpy()[own].mean()
+            weighed[own, depth] = (weight * rewards.numpy()[own]).sum() / weight.sum()
+    large = torch.where(node < 0, -1, node + 2**62)  # too large for a product of ids to hold
+    torch.testing.assert_close(node_returns(rewards, large), torch.from_numpy(plain))
+    torch.testing.assert_close(node_returns(rewards, large, log_prob), torch.from_numpy(weighed))
+
+
+def test_advantages_of_a_tree_are_the_worked_numbers():
+    """The four leaves (1, 2, 3, 6) have parents of 1.5 and 4.5; a node counts once, so their mean is 3."""
+    got = tree_advantages(LEAVES[:4], TREE_GROUP[:4], TREE[:4], ddof=1, eps=1e-8)
+    assert got.dtype == torch.float32
+    assert got[:, 0].tolist() == pytest.approx([-0.707107, -0.707107, 0.707107, 0.707107], abs=1e-6)
+    assert torch.equal(got[:, 1], got[:, 0])
+    assert got[:, 2].tolist() == pytest.approx([-0.925820, -0.462910, 0, 1.388730], abs=1e-6)
+    assert tree_advantages(LEAVES[:4], TREE_GROUP[:4], TREE[:4])[:, 2].tolist() == pytest.approx(
+        [-1.068988, -0.534494, 0, 1.603482], abs=1e-6
+    )
+
+
+def test_nodes_of_unequal_width_count_once_and_only_node_of_its_prompt_gets_zero():
+    got = tree_advantages(LEAVES, TREE_GROUP, TREE, "none")
+    assert got[4:, 0].tolist() == [0, 0, 0]
+    assert got[4:, 1].tolist() == [1.5, -1.5, -1.5]  # of 5 and 2, not of 5, 2 and 2
+    assert got[4:, 2].tolist() == [2, -2, 0]
+    assert got[:4, 0].tolist() == [-1.5, -1.5, 1.5, 1.5]
+
+
+def test_global_std_of_a_tree_is_that_of_all_leaves():
+    everything = LEAVES.double().std(unbiased=False) + 1e-4
+    expected = tree_advantages(LEAVES, TREE_GROUP, TREE, "none").double() / everything
+    torch.testing.assert_close(tree_advantages(LEAVES, TREE_GROUP, TREE, "global"), expected.float())
+
+
+def test_weights_of_a_trees_leaves_reach_its_advantages():
+    log_prob = torch.tensor([0.0, np.log(3), 0, 0, 0, 0, 0])[:, None].expand(7, 3)
+    got = tree_advantages(LEAVES, TREE_GROUP, TREE, "none", log_prob=log_prob)
+    assert got[:4, 0].tolist() == pytest.approx([-1.375, -1.375, 1.375, 1.375], abs=1e-6)
+
+
+@pytest.mark.parametrize("std", ["group", "global", "none"])
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_tree_of_leaves_only_is_the_group_advantage_at_every_depth(std, ddof):
+    group = ids(2, -9, 2, 2**60, -9, 2, 2**60, 2, 5)
+    rewards = torch.randn(9, generator=torch.Generator().manual_seed(1))
+    node = torch.arange(9)[:, None].expand(9, 4)
+    expected = group_advantages(rewards, group, std, ddof, 1e-6, 0.9)
+    got = tree_advantages(rewards, group, node, std, ddof, 1e-6, 0.9)
+    torch.testing.assert_close(got, expected[:, None].expand(9, 4), rtol=0, atol=1e-7)
+    assert expected.abs().max().item() == pytest.approx(0.9)
+
+
+@settings(deadline=None)
+@given(st.randoms(use_true_random=False), st.sampled_from(["group", "global", "none"]))
+def test_names_of_nodes_and_the_order_of_leaves_do_not_matter(shuffle, std):
+    expected = tree_advantages(LEAVES, TREE_GROUP, TREE, std)
+    order = list(range(7))
+    shuffle.shuffle(order)
+    names = [shuffle.sample([*range(60), 2**61], 61) for _ in range(3)]
+    renamed = torch.tensor([[names[depth][TREE[leaf, depth]] for depth in range(3)] for leaf in order])
+    got = tree_advantages(LEAVES[order], TREE_GROUP[order] + 3, renamed, std)
+    torch.testing.assert_close(got, expected[order], rtol=0, atol=1e-6)
+
+
+def test_leaf_that_is_under_no_node_neither_gets_nor_gives():
+    node = TREE.clone()
+    node[[1, 4], 2] = -1
+    got = tree_advantages(LEAVES, TREE_GROUP, node)
+    assert got[[1, 4], 2].tolist() == [0, 0]
+    assert torch.equal(got[:, :2], tree_advantages(LEAVES, TREE_GROUP, TREE)[:, :2])
+    rest = [0, 2, 3, 5, 6]
+    torch.testing.assert_close(got[rest, 2], group_advantages(LEAVES[rest], TREE_GROUP[rest]))
+    nowhere = torch.full((7, 2), -1)
+    assert torch.equal(tree_advantages(LEAVES, TREE_GROUP, nowhere), torch.zeros(7, 2))
+
+
+@pytest.mark.parametrize("std", ["group", "global", "none"])
+@pytest.mark.parametrize("eps", [0.0, 1e-4])
+def test_nodes_of_equal_returns_get_exactly_zero(std, eps):
+    rewards = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.3, 0.7, 0.9])
+    got = tree_advantages(rewards, TREE_GROUP, TREE, std, eps=eps)
+    assert not got[:4].any()
+    assert got[4:, 1:].all()
+
+
+def test_node_of_two_prompts_is_our_own_mistake():
+    with pytest.raises(AssertionError, match="one group"):
+        tree_advantages(LEAVES, ids(4, 4, 4, 4, 4, -2, -2), TREE)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_reward_of_a_tree_that_is_not_finite_is_named(bad):
+    rewards = LEAVES.clone()
+    rewards[3] = bad
+    for function in (
+        node_returns,
+        lambda r, n: tree_advantages(r, TREE_GROUP, n),
+        lambda r, _: best_of(r, r.long(), 2),
+    ):
+        with pytest.raises(ValueError, match=r"rewards\[3\]"):
+            function(rewards, TREE)
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        (2, [0, 1, 0, 0, 1, 1, 0, 1, 1, 1]),
+        (3, [0, 1, 1, 0, 1, 1, 1, 1, 1, 1]),
+        (4, [0, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        (5, [1] * 10),
+        (99, [1] * 10),
+    ],
+)
+def test_best_of_keeps_the_top_and_the_bottom(keep, expected):
+    """Groups of (2, 9, 5, 1, 0), (3, 3) and (7, 8, 4); of an odd number one more is kept from the top."""
+    rewards = torch.tensor([2.0, 9, 5, 1, 3, 3, 7, 0, 8, 4])
+    group = ids(6, 6, 6, 6, 1, 1, 2**60, 6, 2**60, 2**60)
+    got = best_of(rewards, group, keep)
+    assert got.dtype == torch.bool
+    assert got.int().tolist() == expected
+
+
+def test_best_of_breaks_ties_by_position_and_never_keeps_fewer():
+    assert best_of(torch.zeros(7), ids(0, 0, 0, 0, 0, 0, 0), 5).tolist() == [True] * 3 + [False] * 2 + [True] * 2
+    assert best_of(torch.tensor([1.0, 0, 1, 0, 1]), ids(3, 3, 3, 3, 3), 2).tolist() == [True, False, False, True, False]
+
+
+@settings(deadline=None)
+@given(rewards_and_groups(), st.integers(2, 9))
+def test_best_of_is_a_sorted_list_cut_at_both_ends(rows, keep):
+    rewards, group = torch.tensor([r for r, _ in rows]), ids(*[g for _, g in rows])
+    kept = set()
+    for one in {g for _, g in rows}:
+        own = sorted((i for i, (_, g) in enumerate(rows) if g == one), key=lambda i: (-rows[i][0], i))
+        kept |= set(own if len(own) <= keep else own[: -(-keep // 2)] + own[len(own) - keep // 2 :])
+    assert best_of(rewards, group, keep).nonzero().flatten().tolist() == sorted(kept)
+
+
+def test_best_of_one_is_refused():
+    with pytest.raises(ValueError, match="at least 2"):
+        best_of(torch.tensor([1.0, 2.0]), ids(0, 0), 1)
+
+
+def test_several_rewards_are_normalised_before_they_are_summed():
+    """Worked by hand: groups (1, 3) and (0, 6, 0), whose stds are 1 and sqrt(8); the second reward is constant."""
+    rewards = torch.tensor([[1.0, 5, 10], [0, 5, 2], [6, 5, 2], [3, 5, 30], [0, 5, 2]])
+    group = ids(8, -1, -1, 8, -1)
+    one, ten, root = 1 / (1 + 1e-4), 10 / (10 + 1e-4), 8**0.5 + 1e-4
+    summed = np.array([-2 * one - 0.5 * ten, -2 * 2 / root, 2 * 4 / root, 2 * one + 0.5 * ten, -2 * 2 / root])
+    expected = summed / (summed.std() + 1e-4)
+    got = gdpo(rewards, group, torch.tensor([2.0, 7.0, 0.5]))
+    assert got.dtype == torch.float32
+    assert got.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+    assert got.square().mean().item() == pytest.approx(1, abs=2e-4)
+
+
+def test_group_in_which_no_reward_varies_gets_exactly_zero_from_several():
+    rewards = torch.tensor([[0.1, 3.3], [0.1, 3.3], [0.1, 3.3], [1.0, 2.0], [0.2, 5.0], [0.4, 5.1]])
+    got = gdpo(rewards, ids(5, 5, 5, 2, 2, 2), torch.tensor([1.0, 0.3]))
+    assert got[:3].tolist() == [0, 0, 0] and got[3:].all()
+    assert not gdpo(rewards[:3], ids(5, 5, 5), torch.tensor([1.0, 0.3])).any()
+
+
+def test_size_of_one_reward_does_not_matter_to_several():
+    rewards = torch.randn(12, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    group = torch.arange(12) % 5
+    expected = gdpo(rewards, group, torch.tensor([1.0, 2.0]), eps=0)
+    scaled = gdpo(rewards * torch.tensor([1000.0, 1e-3]).double() + 5, group, torch.tensor([1.0, 2.0]), eps=0)
+    torch.testing.assert_close(scaled, expected, rtol=0, atol=1e-6)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(gdpo(rewards[order], group[order], torch.tensor([1.0, 2.0]), eps=0), expected[order])
+
+
+def test_one_of_several_rewards_that_is_not_finite_is_named():
+    with pytest.raises(ValueError, match=r"rewards\[1, 0\] is nan"):
+        gdpo(torch.tensor([[1.0, 2.0], [float("nan"), 1.0]]), ids(0, 0), torch.ones(2))

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from aegpo.adapt.allocation import allocate
-from aegpo.adapt.exploration import explore
+from aegpo.adapt.exploration import draw_levels, explore, window_start
 from aegpo.adapt.memory import Memory
-from aegpo.config import Config
+from aegpo.config import Config, explorable
 from aegpo.math.transitions import transition
 from aegpo.types import Plan, Prompt, Signals
 
+CURVES = ("entropy_peaks", "delta_entropy_peaks", "policy_noise", "reward_spread")  # rules that follow a curve
 STEPS = 4  # what a random choice is for: the first number of its key
 
 
@@ -54,19 +55,49 @@ def make_plan(
             assert memory.reward_spread is not None, "the spread is measured before the first plan"
             curves = memory.reward_spread.expand(shape)
         case "all" | "window" | "random":
-            curves = torch.zeros(shape)
-    return Plan(
-        allocate(to_teach, how.rule, low=how.low, high=how.high, total=config.rollouts_per_step),
-        explore(
-            curves,
-            where.rule,
-            k=where.k,
-            min_distance=where.min_distance,
-            local_maxima=where.local_maxima,
-            per=where.per,
-            seed=seed_of(STEPS, config.seed, step),
-        ),
+            curves = torch.zeros(shape, dtype=torch.float64)
+    rollouts = allocate(to_teach, how.rule, low=how.low, high=how.high, total=config.rollouts_per_step)
+    room, seed = explorable(config), seed_of(STEPS, config.seed, step)
+    weight = torch.ones(shape, dtype=torch.float64)
+    if config.sampler.kind == "ode" and where.rule in CURVES:
+        curves = curves.abs() if where.rule == "delta_entropy_peaks" else curves
+        if where.per == "batch":
+            curves = curves.mean(0, keepdim=True).expand_as(curves)
+        explored = torch.zeros(shape, dtype=torch.bool)
+        here = slice(room.start, room.stop)
+        explored[:, here], weight[:, here] = draw_levels(curves[:, here], where.k, seed, where.importance)
+        return Plan(rollouts, explored, weight)
+    last = room.stop - 1 - (where.k - 1) * where.min_distance
+    start = room.start
+    if where.rule == "window":
+        start = window_start(where.moves, step, room.start, last, where.moves_every, seed)
+    explored = explore(
+        curves,
+        where.rule,
+        k=where.k,
+        min_distance=where.min_distance,
+        local_maxima=where.local_maxima,
+        per=where.per,
+        start=start,
+        until=room.stop,
+        seed=seed,
     )
+    return Plan(rollouts, explored, weight)
+
+
+def remember(config: Config, prompts: Sequence[Prompt], scores: Tensor, group: Tensor, memory: Memory) -> None:
+    """What the next plans need to know of this step's rewards: their spread inside each prompt's group.
+
+    Args:
+        config: a resolved config.
+        prompts: of the step.
+        scores: (n,), the rewards.
+        group: int64 (n,), the prompt of each.
+        memory: of all visits.
+    """
+    if config.allocation.rule == "reward_variance":
+        spread = torch.stack([scores[group == i].std() for i in range(len(prompts))])  # groups differ in size
+        memory.visit([prompt.id for prompt in prompts], spread, config.allocation.smoothing)
 
 
 def _reading(config: Config, signals: Signals, sigmas: Tensor) -> Tensor:
@@ -81,11 +112,16 @@ def _reading(config: Config, signals: Signals, sigmas: Tensor) -> Tensor:
 
 
 def policy_noise(config: Config, sigmas: Tensor) -> Tensor:
-    """The standard deviation of the sampler's noise at each step, float64 (N,); the last step, unexplored, has none."""
+    """The standard deviation of the sampler's noise at each step, float64 (N,); the last step, unexplored, has none.
+
+    Where rollouts are ODE throughout, it is that of the noise put on a finished image to bring it back: sigma.
+    """
+    sampler, nothing = config.sampler, torch.zeros(1, dtype=torch.float64)
+    if sampler.kind == "ode":
+        return torch.cat([sigmas[:-2], nothing])
     one = torch.zeros(len(sigmas) - 2, 1, dtype=torch.float64)
-    sampler = config.sampler
     _, std = transition(one, one, sigmas[:-2], sigmas[1:-1], sampler.kind, sampler.eta, sigmas[1])
-    return torch.cat([std.flatten(), torch.zeros(1, dtype=torch.float64)])
+    return torch.cat([std.flatten(), nothing])
 
 
 def seed_of(*key: int) -> int:

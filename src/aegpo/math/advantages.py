@@ -38,24 +38,198 @@ def group_advantages(
     Raises:
         ValueError: for an unknown `std`, and for a reward that is not finite, naming its position.
     """
-    assert group.dtype == torch.int64, f"group ids must be int64, not {group.dtype}"
-    not_finite = (~rewards.isfinite()).nonzero().flatten().tolist()
+    rewards, group = _finite(rewards, group), _whole(group)
+    return _relative(rewards, group, rewards, std, ddof, eps).clamp(-clip, clip).float()
+
+
+def node_returns(rewards: Tensor, node: Tensor, log_prob: Tensor | None = None) -> Tensor:
+    """What each node of a tree of rollouts is worth: the mean reward of the leaves under it (arXiv 2509.06040).
+
+    With `log_prob` it is the mean weighted by the softmax, over a node's leaves, of the log-probability of the path
+    from that node to the leaf, as in that paper's path-probability fusion.
+
+    Args:
+        rewards: (n,), of the leaves, any float dtype, finite.
+        node: (n, T), int64: which node each leaf lies under at each of T depths, ids of at least 0 in any order, one
+            id for one node within a depth; -1 where it lies under none.
+        log_prob: (n, T), nats, any float dtype; not looked at where `node` is -1.
+
+    Returns:
+        (n, T), float64: every leaf's node's return; 0 where `node` is -1.
+
+    Raises:
+        ValueError: for a reward that is not finite, naming its position.
+    """
+    assert node.dtype == torch.int64 and node.shape[:1] == rewards.shape and node.ndim == 2
+    rewards = _finite(rewards, node)
+    leaf, depth, which, size, _ = _nodes(node)
+    if log_prob is None:
+        weight = 1 / size.double()[which]
+    else:
+        assert log_prob.shape == node.shape
+        logits = log_prob.detach()[leaf, depth].double()
+        largest = logits.new_zeros(size.shape).scatter_reduce(0, which, logits, "amax", include_self=False)
+        weight = (logits - largest[which]).exp()
+        weight = weight / _sum(weight, which, size)[which]
+    values = rewards[leaf]
+    minimum = values.new_zeros(size.shape).scatter_reduce(0, which, values, "amin", include_self=False)
+    returns = minimum + _sum(weight * (values - minimum[which]), which, size)
+    return rewards.new_zeros(node.shape).index_put((leaf, depth), returns[which])
+
+
+def tree_advantages(
+    rewards: Tensor,
+    group: Tensor,
+    node: Tensor,
+    std: Std = "group",
+    ddof: int = 0,
+    eps: float = 1e-4,
+    clip: float = 5.0,
+    *,
+    log_prob: Tensor | None = None,
+) -> Tensor:
+    """Advantages of the edges of a tree of rollouts (BranchGRPO, arXiv 2509.06040), clamped to [-clip, clip].
+
+    An edge's advantage is its child's return (`node_returns`) relative to those of the other nodes of the same group
+    at the same depth, each counted once however many leaves it has. The standard deviation is that set's (`group`),
+    that of all leaves' rewards about their common mean (`global`), or none, as in `group_advantages`, which this is
+    at a depth where each leaf is a node of its own. A set whose returns are all equal gets exactly 0.
+
+    Args:
+        rewards: (n,), of the leaves, any float dtype, finite.
+        group: (n,), int64, the prompt of each leaf: arbitrary ids, groups of any size.
+        node: (n, T), int64: the child node that each leaf lies under at each of T depths, as for `node_returns`. The
+            leaves of a node are of one group.
+        std: which standard deviation divides.
+        ddof: subtracted from the number of nodes (`group`) or of leaves (`global`) in the variance.
+        eps: added to the standard deviation.
+        clip: bound on the advantage's size.
+        log_prob: (n, T), nats, to weigh the leaves of a node by; by default they count alike.
+
+    Returns:
+        (n, T), float32, every leaf's own path, so one edge's advantage stands in the row of each leaf under it; 0
+        where `node` is -1. The arithmetic is float64.
+
+    Raises:
+        ValueError: for an unknown `std`, and for a reward that is not finite, naming its position.
+    """
+    returns = node_returns(rewards, node, log_prob)
+    rewards, group = _finite(rewards, group), _whole(group)
+    leaf, depth, which, _, first = _nodes(node)
+    assert (group[leaf] == group[leaf[first]][which]).all(), "the leaves of a node are of one group"
+    siblings = _segments(depth[first], group[leaf[first]])
+    per_node = _relative(returns[leaf[first], depth[first]], siblings, rewards, std, ddof, eps)
+    return returns.new_zeros(node.shape).index_put((leaf, depth), per_node[which]).clamp(-clip, clip).float()
+
+
+def best_of(rewards: Tensor, group: Tensor, keep: int) -> Tensor:
+    """DanceGRPO's best-of-N (arXiv 2505.07818): of each group the rollouts that say most, its best and its worst.
+
+    Each group is put in one order, from the highest reward to the lowest and equal ones by position; the first
+    `ceil(keep / 2)` and the last `floor(keep / 2)` of it stay. A group of at most `keep` stays whole.
+
+    Args:
+        rewards: (n,), any float dtype, finite; advantages of the same groups give the same.
+        group: (n,), int64, arbitrary ids, groups of any size.
+        keep: how many of each group, at least 2.
+
+    Returns:
+        (n,), bool: which stay.
+
+    Raises:
+        ValueError: for `keep` below 2, and for a reward that is not finite, naming its position.
+    """
+    if keep < 2:
+        raise ValueError(f"best-of-N keeps at least 2 of a group, one good and one bad, not {keep}")
+    rewards = _finite(rewards, group)
+    _, segment, size = _whole(group).unique(return_inverse=True, return_counts=True)
+    order = rewards.argsort(descending=True, stable=True)
+    order = order[segment[order].argsort(stable=True)]
+    own = segment[order]
+    rank = torch.arange(len(order), device=order.device) - (size.cumsum(0) - size)[own]
+    stays = (rank < (keep + 1) // 2) | (rank >= size[own] - keep // 2)
+    return torch.zeros_like(stays).index_put((order,), stays)
+
+
+def gdpo(rewards: Tensor, group: Tensor, weights: Tensor, eps: float = 1e-4) -> Tensor:
+    """Advantages from several rewards, each normalised on its own before they are summed (GDPO, arXiv 2601.05242).
+
+    Each reward is normalised in its group, `(R - mean) / (std + eps)`; these are weighed and summed; and the sum is
+    normalised over the batch, `/ (std + eps)`. Both standard deviations are population ones. The sum's mean over the
+    batch is 0 already, since it is in every group, so it is not subtracted: what is exactly 0 stays so.
+
+    Args:
+        rewards: (n, k), any float dtype, finite: k rewards of each rollout.
+        group: (n,), int64, arbitrary ids, groups of any size.
+        weights: (k,), how much each reward counts.
+        eps: added to both standard deviations.
+
+    Returns:
+        (n,), float32; the arithmetic is float64. A group in which no reward varies gets exactly 0.
+
+    Raises:
+        ValueError: for a reward that is not finite, naming its position.
+    """
+    assert rewards.ndim == 2 and weights.shape == rewards.shape[1:]
+    rewards, group = _finite(rewards, group), _whole(group)
+    each = [_relative(one, group, one, "group", 0, eps) for one in rewards.unbind(1)]
+    total = torch.stack(each, 1) @ weights.to(rewards)
+    return (total / (total.square().mean().sqrt() + eps)).float()
+
+
+def _finite(rewards: Tensor, group: Tensor) -> Tensor:
+    """The rewards in float64, one row of them for each row of `group`."""
+    assert len(rewards) == len(group)
+    not_finite = (~rewards.isfinite()).nonzero().tolist()
     if not_finite:
-        raise ValueError(f"rewards[{not_finite[0]}] is {rewards[not_finite[0]].item()}; rewards must be finite")
-    rewards = rewards.double()
+        at = ", ".join(map(str, not_finite[0]))
+        raise ValueError(f"rewards[{at}] is {rewards[tuple(not_finite[0])].item()}; rewards must be finite")
+    return rewards.double()
+
+
+def _whole(group: Tensor) -> Tensor:
+    assert group.dtype == torch.int64, f"group ids must be int64, not {group.dtype}"
+    assert group.ndim == 1
+    return group
+
+
+def _nodes(node: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The entries of a tree that are nodes, and the m nodes themselves.
+
+    Returns:
+        leaf, depth: (entries,), where each stands in `node` (n, T).
+        which: (entries,), its node, 0 to m - 1.
+        size: (m,), how many leaves each node has.
+        first: (m,), the first entry of each node.
+    """
+    leaf, depth = (node >= 0).nonzero(as_tuple=True)
+    which = _segments(depth, node[leaf, depth])
+    size = torch.bincount(which)
+    first = which.argsort(stable=True)[size.cumsum(0) - size]
+    return leaf, depth, which, size, first
+
+
+def _segments(major: Tensor, minor: Tensor) -> Tensor:
+    """Pairs of ids, (n,) each, numbered from 0 in their order; the ids may be so large that no product holds them."""
+    return torch.stack([major, minor]).unique(dim=1, return_inverse=True)[1]
+
+
+def _relative(values: Tensor, group: Tensor, rewards: Tensor, std: Std, ddof: int, eps: float) -> Tensor:
+    """`values` (n,) less their group's mean, divided by what `std` says; `global` is the std of `rewards`."""
     _, segment, size = group.unique(return_inverse=True, return_counts=True)
-    deviation = _deviation(rewards, segment, size)
+    deviation = _deviation(values, segment, size)
     match std:
         case "group":
             scale = _std(deviation, segment, size, ddof) + eps
         case "global":
-            one, total = torch.zeros_like(segment), size.sum(dim=0, keepdim=True)
-            scale = _std(_deviation(rewards, one, total), one, total, ddof) + eps
+            one = torch.zeros(len(rewards), dtype=torch.int64, device=rewards.device)
+            total = torch.bincount(one, minlength=1)
+            scale = _std(_deviation(rewards, one, total), one, total, ddof)[:1] + eps
         case "none":
             scale = torch.ones_like(deviation)
         case _:
             raise ValueError(f"std must be one of {', '.join(get_args(Std))}, not {std!r}")
-    return torch.where(deviation == 0, 0.0, deviation / scale).clamp(-clip, clip).float()
+    return torch.where(deviation == 0, 0.0, deviation / scale)
 
 
 def _sum(values: Tensor, segment: Tensor, size: Tensor) -> Tensor:

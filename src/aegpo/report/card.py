@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from aegpo.algorithms import PAPERS
 from aegpo.report.html import count, duration, percent, reward
 from aegpo.report.images import sample_names
 from aegpo.report.records import Change, RunRecord, pass_rate_changes, read_run, reward_changes, write_whole
@@ -15,25 +16,12 @@ from aegpo.report.records import Change, RunRecord, pass_rate_changes, read_run,
 EMBEDDED = "world"  # the `model.path` that means the pipeline in the package
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
-CITATIONS = """@misc{aegpo2026,
-  title         = {{AEGPO}: Adaptive Entropy-Guided Policy Optimization for Diffusion Models},
-  year          = {2026},
-  eprint        = {2602.06825},
-  archivePrefix = {arXiv}
-}
-@misc{flowgrpo2025,
-  title         = {{Flow-GRPO}: Training Flow Matching Models via Online RL},
-  year          = {2025},
-  eprint        = {2505.05470},
-  archivePrefix = {arXiv}
-}
-"""
-MATCHING = """@misc{awm2025,
-  title         = {Advantage Weighted Matching: Aligning {RL} with Pretraining in Diffusion Models},
-  year          = {2025},
-  eprint        = {2509.25050},
-  archivePrefix = {arXiv}
-}
+CITATION = """@misc{{arxiv{key},
+  title         = {{{title}}},
+  year          = {{20{year}}},
+  eprint        = {{{paper}}},
+  archivePrefix = {{arXiv}}
+}}
 """
 
 
@@ -154,7 +142,11 @@ def _versions(record: RunRecord) -> str:
 
 
 def _citation(record: RunRecord) -> str:
-    return f"## Citation\n\n```bibtex\n{CITATIONS}{MATCHING if record.is_matching else ''}```"
+    entries = (
+        CITATION.format(key=paper.replace(".", ""), title=PAPERS[paper], year=paper[:2], paper=paper)
+        for paper in record.papers
+    )
+    return f"## Citation\n\n```bibtex\n{''.join(entries)}```"
 
 
 def _is_lora(record: RunRecord) -> bool:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from aegpo.algorithms import PAPERS
 from aegpo.report.images import Sample, read_samples, sample_names
 from aegpo.report.records import (
     Change,
@@ -79,6 +80,7 @@ def _render(record: RunRecord) -> str:
         name=record.folder.name,
         facts=_facts(record),
         matching=record.is_matching,
+        papers={paper: PAPERS[paper].replace("{", "").replace("}", "") for paper in record.papers},
         progress=_progress(record),
         tables=_headline(record),
         reward_curve=_reward_curve(record),

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from aegpo.algorithms import ALGORITHMS
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -40,8 +42,18 @@ class RunRecord:
 
     @property
     def is_matching(self) -> bool:
-        """Whether it learned by advantage-weighted matching, for which rollouts are noiseless (arXiv 2509.25050)."""
-        return self.setting("sampler.kind") == "awm"
+        """Whether it learned from finished images, for which rollouts are noiseless (arXiv 2509.25050 and its kin)."""
+        return self.setting("sampler.kind") == "ode"
+
+    @property
+    def papers(self) -> list[str]:
+        """The arXiv ids of what it stands on: AEGPO, Flow-GRPO, its algorithm, and matching where it learned so."""
+        ids = [ALGORITHMS["aegpo"].paper, ALGORITHMS["flow-grpo"].paper]
+        if self.setting("algorithm") in ALGORITHMS:
+            ids.append(ALGORITHMS[self.setting("algorithm")].paper)
+        if self.is_matching and self.setting("loss.kind") == "clip":
+            ids.append(ALGORITHMS["awm"].paper)
+        return list(dict.fromkeys(ids))
 
     @property
     def pipeline(self) -> dict[str, Any]:
