@@ -33,9 +33,8 @@ from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan
 from aegpo.config import Config, resolve
 from aegpo.data import draw, load_prompts
-from aegpo.math.advantages import group_advantages
-from aegpo.rollout import collect, probe, reward_spread, walk_trunk
-from aegpo.train import update
+from aegpo.rollout import collect, probe, reward_spread, shared_trunk
+from aegpo.train import credit, update
 from aegpo.types import Plan, Signals
 
 PAPER = {
@@ -59,7 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "aegpo, 8 prompts": {"algorithm": "aegpo"} | FEW,
     "aegpo, 8 prompts, trunk shared": {"algorithm": "aegpo", "sampler": {"shared_noise": True}} | FEW,
     "matching, all weights, 8 prompts": {
-        "sampler": {"kind": "awm"},
+        "sampler": {"kind": "ode"},
         "exploration": {"rule": "random"},
         "model": {"train": "full"},
         "loss": {"kl": 0.08, "clip_low": 0.1, "clip_high": 0.1},
@@ -104,7 +103,7 @@ class Step:
                 self.memory = Memory()
                 trunk = self.probe()[1]
             case "walked":
-                trunk = walk_trunk(self.model, self.batch, self.conditions, self.plan, self.config, 0)
+                trunk = shared_trunk(self.model, self.batch, self.conditions, self.plan, self.config, 0, 0)
             case _:
                 trunk = None
         drawn = collect(self.model, self.batch, self.conditions, self.plan, self.config, 0, trunk)
@@ -112,8 +111,8 @@ class Step:
         judged = self.reward(drawn.images, [p.text for p in asked], [p.metadata for p in asked])
         synchronize()
         drew = time.perf_counter()
-        advantage = group_advantages(torch.from_numpy(judged.score), drawn.group) + 1e-3  # no row is left out
-        rows = drawn.transitions.with_advantages(advantage.to(self.model.device))
+        advantage, taught = credit(self.config, torch.from_numpy(judged.score), drawn.group, drawn.courses)
+        rows = drawn.transitions.judged(advantage + 1e-3, taught)  # none is left out
         update(self.config, self.model, self.optimizer, rows, self.conditions, 0, Silent())
         synchronize()
         return drew - began, time.perf_counter() - drew, self.model.forwards - before
@@ -147,13 +146,15 @@ def pairs(name: str, count: int, one: str = "probed", other: str = "plain") -> d
         "pairs": count,
         "forwards_ratio": forwards[0] / forwards[1],
         "forwards": forwards,
-        "first_explored_step": step.plan.leaves.double().mean().item(),
+        "first_explored_step": step.plan.explored.int().argmax(1).double().mean().item(),
     }
 
 
 def peak(name: str, how: str, plan: Plan) -> float:
     """Peak memory in MB of a process of its own that takes two steps."""
-    given = json.dumps({"rollouts": plan.rollouts.tolist(), "explored": plan.explored.tolist()})
+    given = json.dumps(
+        {"rollouts": plan.rollouts.tolist(), "explored": plan.explored.tolist(), "weight": plan.weight.tolist()}
+    )
     words = [sys.executable, __file__, "--peak", name, how, given]
     return float(subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()[-1])
 

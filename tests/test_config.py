@@ -31,7 +31,7 @@ CHOICES = st.fixed_dictionaries(
             {"lr": POSITIVE, "betas": st.tuples(FRACTIONS, FRACTIONS), "updates": COUNTS}
         ),
         "advantage": st.fixed_dictionaries({"clip": POSITIVE, "eps": FRACTIONS}),
-        "sampler": st.fixed_dictionaries({"steps": st.integers(5, 50), "guidance": st.floats(1, 1e3)}),
+        "sampler": st.fixed_dictionaries({"steps": st.integers(8, 50), "guidance": st.floats(1, 1e3)}),
     },
 )
 
@@ -102,13 +102,13 @@ def test_merge_replaces_values_keeps_neighbours_and_changes_nothing_given():
 @pytest.mark.parametrize("algorithm", sorted(ALGORITHMS))
 def test_the_algorithm_lies_just_under_the_layer_that_names_it(algorithm: str):
     config = resolve({"algorithm": algorithm})
-    expected = merge(dataclasses.asdict(Config()), ALGORITHMS[algorithm], {"algorithm": algorithm})
+    expected = merge(dataclasses.asdict(Config()), ALGORITHMS[algorithm].choices, {"algorithm": algorithm})
     assert dataclasses.asdict(config) == expected
     recipe = {"algorithm": "aegpo", "optimizer": {"updates": 7, "lr": 1e-2}}
     assert resolve(recipe).optimizer.updates == 7
     named = resolve(recipe, {"algorithm": algorithm, "sampler": {"eta": 0.5}})
-    assert named.optimizer.updates == ALGORITHMS[algorithm]["optimizer"]["updates"]
-    assert named.allocation.rule == ALGORITHMS[algorithm]["allocation"]["rule"]
+    assert named.optimizer.updates == ALGORITHMS[algorithm].choices["optimizer"]["updates"]
+    assert named.allocation.rule == ALGORITHMS[algorithm].choices["allocation"]["rule"]
     assert named.optimizer.lr == 1e-2
     assert named.sampler.eta == 0.5
 
@@ -132,11 +132,11 @@ def test_the_named_settings_of_other_tools_exist():
         ({1: 2}, "1 is not a setting"),
         ({"lr": 1}, "lr is not a setting; did you mean optimizer.lr?"),
         ({"loss": {"eps": 1}}, "loss.eps is not a setting; did you mean advantage.eps or optimizer.eps?"),
-        ({"algorithm": "aegop"}, "algorithm: 'aegop' is not one of flow-grpo, aegpo, aegpo-paper; did you mean aegpo?"),
-        ({"algorithm": ["aegpo"]}, "algorithm: ['aegpo'] is not one of flow-grpo, aegpo, aegpo-paper"),
+        ({"algorithm": "aegop"}, "algorithm: 'aegop' is not one of flow-grpo, flow-grpo-fast, dance-grpo, "),
+        ({"algorithm": ["aegpo"]}, "algorithm: ['aegpo'] is not one of flow-grpo, flow-grpo-fast, "),
         (
-            {"sampler": {"kind": "ddim"}},
-            "sampler.kind: input should be 'flow_sde', 'dance_sde', 'cps' or 'awm', got 'ddim'",
+            {"sampler": {"kind": "euler"}},
+            "sampler.kind: input should be 'flow_sde', 'dance_sde', 'cps', 'ddim', 'dpm_sde' or 'ode', got 'euler'",
         ),
         ({"optimizer": None}, "optimizer is a group of settings (lr, decay,"),
         ({"model": {"lora": 3}}, "model.lora is a group of settings (rank, alpha, targets), not 3"),
@@ -245,8 +245,7 @@ def test_all_steps_but_the_last_can_be_explored(rule: str):
     assert resolve(layer).exploration.k == 5
     said = complaint(layer, {"exploration": {"k": 6}})
     assert said == (
-        "exploration.k: 6 steps to explore, but only the first 5 of 6 can be: the last never is; "
-        "lower it, or raise sampler.steps"
+        "exploration.k: 6 steps to explore, but only 0 to 4 of 0 to 5 can; lower it, or raise sampler.steps"
     )
 
 
@@ -254,16 +253,16 @@ def test_k_is_ignored_where_all_steps_explore():
     assert resolve({"sampler": {"steps": 2}, "exploration": {"rule": "all", "k": 40}}).sampler.steps == 2
 
 
-@pytest.mark.parametrize("rule", ["random", "entropy_peaks", "delta_entropy_peaks"])
+@pytest.mark.parametrize("rule", ["window", "random", "entropy_peaks", "delta_entropy_peaks"])
 def test_peaks_must_fit_with_their_distance(rule: str):
     layer = {"sampler": {"steps": 7}, "exploration": {"rule": rule, "k": 3, "min_distance": 2}}
     assert resolve(layer).exploration.min_distance == 2  # steps 0, 2 and 4 of 0..5
     said = complaint(layer, {"exploration": {"min_distance": 3}})  # 0, 3 and 6, but 6 is the last of all
     assert said == (
-        "exploration.min_distance: 3 steps to explore do not fit 3 apart into the first 6 of 7; "
+        "exploration.min_distance: 3 steps to explore do not fit 3 apart into steps 0 to 5; "
         "lower it or exploration.k, or raise sampler.steps"
     )
-    assert resolve(layer, {"exploration": {"min_distance": 3, "rule": "window"}}).exploration.k == 3
+    assert resolve(layer, {"exploration": {"min_distance": 3, "rule": "all"}}).exploration.k == 3
 
 
 def test_low_above_high_is_refused_where_it_is_used():

@@ -11,8 +11,8 @@ from aegpo.adapt.memory import Memory
 from aegpo.config import Config, Loss, Model, Optimizer, Probe, Sampler
 from aegpo.math.transitions import transition
 from aegpo.models.probe import AttentionProbe
-from aegpo.rollout import SPREAD, collect, denoise, draw, entropy_curves, noise, probe, reward_spread, shared_trunk
 from aegpo.objective import objective
+from aegpo.rollout import SPREAD, collect, denoise, draw, entropy_curves, noise, probe, reward_spread, shared_trunk
 from aegpo.types import Judgement, Plan, Prompt
 
 PROMPTS = [Prompt(4, "a red circle", {}), Prompt(9, "two squares", {}), Prompt(11, "a cross above a ring", {})]

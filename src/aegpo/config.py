@@ -164,7 +164,7 @@ class Exploration:
     start: Size = 0
     """The first step that may explore."""
     until: Size = 0
-    """Steps from this one on may not explore; 0: only the last may not."""
+    """Steps from this one on may not explore; 0: only the last may not, which never does."""
     min_distance: Count = 1
     """Steps between two peaks, at least, and between the steps of a `window`."""
     moves: Literal["none", "random", "progressive", "linear", "exponential"] = "none"
@@ -354,7 +354,8 @@ def needs_spread(config: Config) -> bool:
 
 def explorable(config: Config) -> range:
     """The denoising steps that may explore."""
-    return range(config.exploration.start, config.exploration.until or config.sampler.steps - 1)
+    last = config.sampler.steps - 1
+    return range(config.exploration.start, min(config.exploration.until or last, last))
 
 
 def with_noise(config: Config) -> Config:
@@ -491,11 +492,6 @@ def _check_exploration(config: Config) -> None:
         raise ValueError("advantage.best_of: one rollout alone is not better than any; give 0 for all, or 2 or more")
     if config.loss.kind == "dpo" and config.advantage.best_of != 2:
         raise ValueError("advantage.best_of: dpo compares the best with the worst of a group; it must be 2")
-    if how.until >= steps:
-        raise ValueError(
-            f"exploration.until: {how.until} is beyond the last of {steps} steps, which never explores; give at most "
-            f"{steps - 1}, or 0"
-        )
     room = explorable(config)
     if not room:
         raise ValueError(
@@ -503,7 +499,7 @@ def _check_exploration(config: Config) -> None:
         )
     if how.rule != "all" and how.k > len(room):
         raise ValueError(
-            f"exploration.k: {how.k} steps to explore, but only {room[0]} to {room[-1]} of {steps} can; "
+            f"exploration.k: {how.k} steps to explore, but only {room[0]} to {room[-1]} of 0 to {steps - 1} can; "
             "lower it, or raise sampler.steps"
         )
     if how.rule != "all" and (how.k - 1) * how.min_distance >= len(room):

@@ -16,8 +16,8 @@ from aegpo.math.losses import clipped_surrogate
 from aegpo.math.schedules import shifted_linear
 from aegpo.math.transitions import ddim_transition, gaussian_kl, log_prob, transition
 
-KINDS = ("ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm_sde", "match")
-NOISY = ("flow_sde", "dance_sde", "cps", "ddim", "dpm_sde", "match")
+KINDS = ("ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm_sde")
+NOISY = ("flow_sde", "dance_sde", "cps", "ddim", "dpm_sde")
 
 
 def scalar(value: float) -> torch.Tensor:
@@ -120,7 +120,6 @@ def test_derivative_by_the_velocity_is_the_table(kind):
             "cps": -s * (1 - s_next) + (1 - s) * s_next * math.cos(0.3 * math.pi),
             "ddim": -s * (1 - s_next) + (1 - s) * math.sqrt(s_next**2 - 0.6**2 * fresh(s, s_next)),
             "dpm_sde": -s * (1 - s_next) + (1 - s) * math.sqrt(s_next**2 - fresh(s, s_next)),
-            "match": -s,
         }[kind]
         assert slope.item() == pytest.approx(expected, abs=1e-12)
 
@@ -468,26 +467,9 @@ def test_drawn_samples_of_cps_lose_variance():
 
 
 def test_unknown_choices_are_named():
-    with pytest.raises(ValueError, match="ode, flow_sde, dance_sde, cps, ddim, dpm_sde, match, not 'euler'"):
+    with pytest.raises(ValueError, match="ode, flow_sde, dance_sde, cps, ddim, dpm_sde, not 'euler'"):
         step("euler", 0.7)
     with pytest.raises(ValueError, match="mean, sum"):
         log_prob(scalar(1.0), scalar(1.0), scalar(1.0), "max")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="epsilon, v_prediction, not 'sample'"):
         ddim_transition(scalar(1.0), scalar(1.0), 0.5, 0.6, 0.0, "sample")  # pyright: ignore[reportArgumentType]
-
-
-def test_matching_is_the_loss_of_pretraining():
-    """Its log-probability of x0 is -mean |v - (e - x0)|^2 but for a constant, and its divergence mean |v - v_ref|^2."""
-    x0, e, v, v_ref = randn(4, 5, 3, 2, 2)
-    s = torch.tensor([1.0, 0.9, 0.5, 0.2, 0.01], dtype=torch.float64)
-    wide = s[:, None, None, None]
-    x = (1 - wide) * x0 + wide * e
-    mean, std = transition(x, v, s, 0.0, "match", eta=0.7)
-    ref, _ = transition(x, v_ref, s, 0.0, "match", eta=0.7)
-    constant = -(wide.flatten() / 2**0.5).log() - math.log(2 * math.pi) / 2
-    expected = -(v - (e - x0)).square().mean((1, 2, 3)) + constant
-    torch.testing.assert_close(log_prob(x0, mean, std), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(gaussian_kl(mean, ref, std), (v - v_ref).square().mean((1, 2, 3)), rtol=1e-9, atol=1e-9)
-    elsewhere, same = transition(x, v, s, s / 2, "match", eta=0.1)
-    assert torch.equal(elsewhere, mean)
-    assert torch.equal(same, std)

@@ -15,7 +15,7 @@ from aegpo.report import write_analysis
 HOSTILE = '<script>alert("x")</script> & {{ 7 * 7 }}'
 CONFIG = resolve(
     {
-        "sampler": {"steps": 5, "kind": "awm"},
+        "sampler": {"steps": 5, "kind": "ode"},
         "exploration": {"rule": "random"},
         "reward": "mine.py:<b>score</b>",
         "seed": 3,
@@ -122,9 +122,9 @@ def test_what_is_within_two_standard_errors_is_grey(tmp_path: Path, measured: di
 def test_it_says_which_sampler_stood_in_for_one_without_noise(tmp_path: Path, measured: dict[str, Any]) -> None:
     html, numbers = pages(tmp_path, measured)
     assert "cps with eta 0.6 stands in for it" in html
-    assert (numbers["sampler"], numbers["spread_over"]["sampler"]["kind"]) == ("awm", "cps")
+    assert (numbers["sampler"], numbers["spread_over"]["sampler"]["kind"]) == ("ode", "cps")
     own = copy.deepcopy(measured)
-    own["spread_over"]["sampler"]["kind"] = "awm"
+    own["spread_over"]["sampler"]["kind"] = "ode"
     assert "stands in" not in pages(tmp_path, own)[0]
 
 

@@ -437,12 +437,12 @@ def test_model_card_says_what_was_measured_and_how_to_load_it(run: Path) -> None
 def test_a_run_of_matching_says_so_and_names_its_paper(run: Path) -> None:
     exploring = "Training rewards come from rollouts of the training prompts, which explore"
     assert exploring in write_report(run).read_text("utf-8")
-    matching = CONFIG | {"sampler": {"steps": 4, "kind": "awm", "guidance": 1.0}}
+    matching = CONFIG | {"sampler": {"steps": 4, "kind": "ode", "guidance": 1.0}, "loss": {"kind": "clip"}}
     (run / "config.yaml").write_text(yaml.safe_dump(matching), "utf-8")
     report, card = write_report(run).read_text("utf-8"), write_model_card(run).read_text("utf-8")
     assert exploring not in report
     assert "https://arxiv.org/abs/2509.25050" in report
-    assert "(`aegpo`, transitions `awm`, explored steps `window`)" in card
+    assert "(`aegpo`, transitions `ode`, explored steps `window`)" in card
     assert "eprint        = {2509.25050}" in card and card.endswith("}\n```\n")
 
 

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-Kind = Literal["ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm_sde", "match"]
+Kind = Literal["ode", "flow_sde", "dance_sde", "cps", "ddim", "dpm_sde"]
 Prediction = Literal["epsilon", "v_prediction"]
 Reduction = Literal["mean", "sum"]
 
@@ -41,7 +41,6 @@ def transition(
     | `cps` | `s' cos(eta pi / 2)` | `s' sin(eta pi / 2)` | FlowCPS, arXiv 2509.05952 |
     | `ddim` | `sqrt(s'^2 - std^2)` | `eta s' sqrt(1 - e^(-2H))` | DDIM, arXiv 2010.02502; DDPO, arXiv 2305.13301 |
     | `dpm_sde` | `s' e^(-H)` | `s' sqrt(1 - e^(-2H))` | SDE-DPM++ of order 1; MixGRPO, arXiv 2507.21802 |
-    | `match`, with `s' = 0` | 0 | `s / sqrt(2)` | the forward process: AWM, arXiv 2509.25050, and its kin |
 
     Flow-SDE's `g` is infinite at `s = 1`; there, and only there, `1 - s` becomes `1 - sigma_first`.
     A sampler's step onto `sigma_next = 0` is deterministic by convention: ask for it as `ode`.
@@ -51,21 +50,14 @@ def transition(
     `ddim_transition` after `x` has been scaled to unit total variance. `dpm_sde` is `ddim` at eta 1, and takes no
     eta. In the limit of short steps `ddim` at eta is Flow-SDE at `sqrt(2) eta`.
 
-    `match` is no step of a sampler but the jump from a noised image to the image itself, so it takes `s'` as 0
-    whatever `sigma_next` is. The rows of every method that trains on the forward process (AWM, arXiv 2509.25050,
-    DiffusionNFT, arXiv 2509.16117, and others) have this form. Its std, which is ours, makes AWM's objective one more
-    row of this table: the log-probability of `x0` is `-|v - (e - x0)|^2`, the loss of pretraining with its sign
-    turned, up to a constant of `s` that cancels in every ratio; and the KL between two such is `|v - v_ref|^2`. Under
-    guidance, `v` is the guided velocity.
-
     Args:
         x: latents, (B, ...). Half precision is widened to fp32 before the arithmetic, fp64 stays fp64.
         v: velocities after guidance, the shape of `x`; the gradient reaches them through the mean.
         sigma: noise level of `x` in (0, 1], one number or one per row, (B,): the rows may stand at different steps.
         sigma_next: noise level after the step in [0, sigma), one number or (B,).
         kind: the sampler.
-        eta: noise strength; at 0 every sampler is the ODE. `ddim` takes it up to 1; `ode`, `dpm_sde` and
-            `match` ignore it.
+        eta: noise strength; at 0 every sampler is the ODE. `ddim` takes it up to 1; `ode` and `dpm_sde`
+            ignore it.
         sigma_first: the schedule's own `sigma[1]`, needed by `flow_sde` wherever `sigma` is 1.
 
     Returns:
@@ -94,8 +86,6 @@ def transition(
             k, std = _ddim(s_next, *_forgotten(s, s_next), eta)
         case "dpm_sde":
             k, std = _ddim(s_next, *_forgotten(s, s_next), 1.0)
-        case "match":
-            k, std, s_next = torch.zeros_like(s), s / math.sqrt(2), torch.zeros_like(s)
         case _:
             raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, not {kind!r}")
     x0_hat = x - s * v
