@@ -1,18 +1,21 @@
 """Which algorithm learns fastest on the embedded world? Every one by name, at equal cost, each at its own best rate.
 
-python benchmarks/family.py [--json FILE] [--only NAME ...] [--workers N] [--figure FILE]
+python benchmarks/family.py [--json FILE] [--only NAME ...] [--explain] [--workers N] [--figure FILE]
 
 First every algorithm trains all weights of the embedded model at each of the learning RATES, with the seed SWEEP, until
 that has cost the last of SHORT network evaluations (the probe's and the base's among them; a backward counts as two);
 the rate with the highest held-out reward then is its own. With that it trains until the last of LONG, with each of
 SEEDS, none of which had a part in the choice. Runs that stand in the JSON file already are not run again, so a stopped
 one goes on; each says of which commit it is.
+
+With --explain, those that do not learn train under the changes of EXPLAINED instead, each at its own rate: what keeps
+them from it.
 """
 
 import argparse
 import json
 import multiprocessing
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
@@ -40,10 +43,44 @@ COMMON: dict[str, Any] = {
 }
 
 
+EXPLAINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "dance-grpo as it is": ("dance-grpo", {}),
+    "dance-grpo, noise before sigma .6 only": ("dance-grpo", {"exploration": {"until": 6}}),
+    "dance-grpo, noise in the first 4 steps": ("dance-grpo", {"exploration": {"rule": "window", "k": 4}}),
+    "dance-grpo, the same, eta .9": (
+        "dance-grpo",
+        {"exploration": {"rule": "window", "k": 4}, "sampler": {"eta": 0.9}},
+    ),
+    "ddpo as it is": ("ddpo", {}),
+    "ddpo, eta .5": ("ddpo", {"sampler": {"eta": 0.5}}),
+    "ddpo, noise in the first 4 steps": ("ddpo", {"exploration": {"rule": "window", "k": 4}}),
+    "ddpo, the same, eta .5": ("ddpo", {"exploration": {"rule": "window", "k": 4}, "sampler": {"eta": 0.5}}),
+}
+
+
 def train_one(algorithm: str, rate: float, seed: int) -> dict[str, Any]:
     marks = SHORT if seed == SWEEP else LONG
     found = train_to(marks, PROMPTS, seed, {"algorithm": algorithm}, COMMON, {"optimizer": {"lr": rate}})
     return {"algorithm": algorithm, "rate": rate, "commit": git("rev-parse", "HEAD")} | found
+
+
+def explain_one(name: str, rate: float, seed: int) -> dict[str, Any]:
+    algorithm, change = EXPLAINED[name]
+    found = train_to(SHORT, PROMPTS, seed, {"algorithm": algorithm}, COMMON, change, {"optimizer": {"lr": rate}})
+    return {"variant": name, "rate": rate, "commit": git("rev-parse", "HEAD")} | found
+
+
+def explanation(explained: list[dict[str, Any]]) -> Table:
+    """Beside the gain, what the rollouts of the first and of the last three training steps scored."""
+    shown = Table("variant", "rate", "gain, noiseless", "rollouts at first", "rollouts at last", "training steps")
+    for name in EXPLAINED:
+        own = [run for run in explained if run["variant"] == name]
+        if own:
+            gain = 100 * np.mean([gains(run)[-1] for run in own])
+            first, last = (np.mean([run["drawn"][part] for run in own]) for part in (slice(0, 3), slice(-3, None)))
+            steps = np.mean([len(run["drawn"]) for run in own])
+            shown.add_row(name, f"{own[0]['rate']:g}", f"{gain:+.1f}", f"{first:.3f}", f"{last:.3f}", f"{steps:.0f}")
+    return shown
 
 
 def best_rates(runs: list[dict[str, Any]]) -> dict[str, float]:
@@ -120,12 +157,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", nargs="+", default=list(ALGORITHMS), choices=list(ALGORITHMS), metavar="NAME")
+    parser.add_argument("--explain", action="store_true", help="train those that do not learn under changes")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--figure", type=Path, help="draw the curves into this file")
     asked = parser.parse_args()
-    runs: list[dict[str, Any]] = []
+    results: dict[str, list[dict[str, Any]]] = {"runs": [], "explained": []}
     if asked.json and asked.json.exists():
-        runs = json.loads(asked.json.read_text())["results"]["runs"]
+        results |= json.loads(asked.json.read_text())["results"]
+    runs, explained = results["runs"], results["explained"]
     about = {
         "commit": git("rev-parse", "HEAD"),
         "changed": git("status", "--porcelain", "."),
@@ -141,26 +180,33 @@ def main() -> None:
         },
     }
 
-    def run_all(wanted: Iterable[tuple[str, float, int]]) -> None:
-        done = {(run["algorithm"], run["rate"], run["seed"]) for run in runs}
+    def run_all(train: Callable[..., dict[str, Any]], into: list[dict[str, Any]], wanted: Iterable[Any]) -> None:
+        done = {(run.get("algorithm", run.get("variant")), run["rate"], run["seed"]) for run in into}
         with ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(train_one, *one) for one in wanted if one not in done]):
+            for future in as_completed([pool.submit(train, *one) for one in wanted if one not in done]):
                 run = future.result()
-                runs.append(run)
+                into.append(run)
                 first, last = run["curve"][0], run["curve"][-1]
                 print(
-                    f"{run['algorithm']:<15} rate {run['rate']:g}, seed {run['seed']}: {first['reward']:.3f} -> "
-                    f"{last['reward']:.3f} in {last['steps']} steps ({last['forwards']:,} evaluations, "
-                    f"{last['seconds']:.0f} s)",
+                    f"{run.get('algorithm', run.get('variant'))}, rate {run['rate']:g}, seed {run['seed']}: "
+                    f"{first['reward']:.3f} -> {last['reward']:.3f} in {last['steps']} steps "
+                    f"({last['forwards']:,} evaluations, {last['seconds']:.0f} s)",
                     flush=True,
                 )
                 if asked.json:
                     aside = asked.json.with_suffix(".partial")
-                    aside.write_text(json.dumps(about | {"results": {"runs": runs}}, indent=1) + "\n")
+                    aside.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
                     aside.replace(asked.json)
 
-    run_all((name, rate, SWEEP) for name in asked.only for rate in RATES)
-    run_all((name, rate, seed) for seed in SEEDS for name, rate in best_rates(runs).items() if name in asked.only)
+    if asked.explain:
+        rates = best_rates(runs)
+        wanted = [(name, rates[algorithm], seed) for seed in SEEDS for name, (algorithm, _) in EXPLAINED.items()]
+        run_all(explain_one, explained, wanted)
+        Console(width=160).print(explanation(explained))
+        return
+    run_all(train_one, runs, ((name, rate, SWEEP) for name in asked.only for rate in RATES))
+    best = best_rates(runs)
+    run_all(train_one, runs, ((name, best[name], seed) for seed in SEEDS for name in asked.only))
     Console(width=160).print(table(runs))
     if asked.figure:
         draw(runs, asked.figure)

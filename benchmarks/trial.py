@@ -25,8 +25,9 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
         layers: settings, the later over the earlier.
 
     Returns:
-        `curve`: forwards, seconds of training, reward, pass rate and training steps at 0 and at each mark. `explored`:
-        the share of explorations that each denoising step had. `seconds` in all.
+        `curve`: forwards, seconds of training, reward, pass rate and training steps at 0 and at each mark. `drawn`: the
+        mean reward of each training step's rollouts. `explored`: the share of explorations that each denoising step
+        had. `seconds` in all.
     """
     import torch
 
@@ -47,7 +48,7 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
         held_out = load_prompts("world", "eval")
         reward, model = rewards.load(config.reward), models.load(config.model, seed)
         curve: list[dict[str, float]] = []
-        explored = np.zeros(config.sampler.steps)
+        explored, drawn = np.zeros(config.sampler.steps), []
         judging, pause = 0, 0.0  # evaluations x samples, and seconds, spent on judging, which are not counted
 
         class Judge:
@@ -65,6 +66,7 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
                     curve.append(point(0, 0.0, metrics, metrics))
                     return
                 explored = explored + metrics["explored_steps"]
+                drawn.append(metrics["reward/mean"])
                 spent = metrics["forwards"] - judging
                 if spent < marks[len(curve) - 1]:
                     return
@@ -79,6 +81,7 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
     return {
         "seed": seed,
         "curve": curve,
+        "drawn": drawn,
         "explored": (explored / explored.sum()).round(4).tolist(),
         "seconds": time.monotonic() - began,
     }

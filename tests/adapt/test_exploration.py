@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import find_peaks
 
-from aegpo.adapt.exploration import explore
+from aegpo.adapt.exploration import draw_levels, explore, window_start
 
 PEAKS = ("entropy_peaks", "delta_entropy_peaks", "policy_noise", "reward_spread")
 RULES = ("all", "window", "random", *PEAKS)
@@ -191,3 +191,96 @@ def test_a_batch_follows_its_mean_curve(rule):
     mask = explore(entropy, rule, 3, per="batch")
     mean = (entropy.abs() if rule == "delta_entropy_peaks" else entropy).mean(0)
     assert torch.equal(mask, explore(mean[None], "entropy_peaks", 3).expand(6, -1))
+
+
+# ---------------------------------------------------------------- levels drawn from a curve
+
+
+CURVE = torch.tensor([[3.0, 1.0, 2.0, 1.0, 1.5, 1.1], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+
+
+def probabilities(k):
+    """By hand: a fifth shared alike, the rest by height above the lowest, times k, at most 1."""
+    share = torch.tensor([2.0, 0.0, 1.0, 0.0, 0.5, 0.1], dtype=torch.float64) / 3.6
+    return k * (0.8 * share + 0.2 / 6)
+
+
+def test_k_levels_are_drawn_each_with_its_own_probability_and_the_loss_is_kept():
+    k, draws = 2, 4000
+    wanted = probabilities(k)
+    assert wanted.max() < 1
+    chosen, weights = zip(*(draw_levels(CURVE, k, seed) for seed in range(draws)), strict=True)
+    assert all(row.sum(1).tolist() == [k, k] for row in chosen)
+    drawn = torch.stack(chosen).double()
+    for prompt, expected in enumerate((wanted, torch.full((6,), k / 6, dtype=torch.float64))):
+        error = (expected * (1 - expected) / draws).sqrt()
+        assert ((drawn[:, prompt].mean(0) - expected).abs() < 4 * error).all()
+        torch.testing.assert_close(weights[0][prompt], k / (6 * expected))
+    loss = torch.tensor([5.0, -1.0, 0.3, 2.0, 8.0, 1.0], dtype=torch.float64)
+    sums = (drawn * torch.stack(weights) * loss).sum(2)
+    for prompt in (0, 1):
+        error = sums[:, prompt].std() / draws**0.5
+        assert abs(sums[:, prompt].mean() - k / 6 * loss.sum()) < 4 * error
+
+
+def test_a_level_that_is_worth_more_than_one_draw_is_drawn_once_every_time():
+    peaked = torch.tensor([[0.0, 100.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
+    for seed in range(50):
+        chosen, weight = draw_levels(peaked, 3, seed)
+        assert chosen[0, 1] and chosen.sum() == 3
+    assert weight[0, 1].item() == pytest.approx(3 / 5)  # k / (N pi) with pi = 1
+    probability = 3 / (5 * weight[0])
+    assert probability.sum().item() == pytest.approx(3)
+    assert probability[3] > probability[0] > 0
+    everything, _ = draw_levels(peaked, 5, 0)
+    assert everything.all()
+
+
+def test_equal_levels_weigh_one_and_no_weight_leaves_its_bounds():
+    _, weight = draw_levels(torch.full((3, 7), 2.5), 4, 0)
+    torch.testing.assert_close(weight, torch.ones(3, 7, dtype=torch.float64))
+    curves = torch.rand(200, 9, generator=torch.Generator().manual_seed(0)) ** 8
+    _, weight = draw_levels(curves, 2, 1)
+    assert weight.max() <= 1 / 0.2 + 1e-9
+    _, plain = draw_levels(curves, 2, 1, importance=False)
+    assert (plain == 1).all()
+
+
+# ---------------------------------------------------------------- a window that moves
+
+
+def starts(moves, steps, first=0, last=6, every=25):
+    return [window_start(moves, step, first, last, every, seed=step) for step in range(steps)]
+
+
+def test_a_window_moves_one_step_every_so_often_and_starts_over():
+    assert starts("none", 3, first=2) == [2, 2, 2]
+    assert starts("progressive", 200) == ([c for c in range(7) for _ in range(25)] * 2)[:200]
+    assert starts("progressive", 8, first=3, last=4, every=2) == [3, 3, 4, 4] * 2
+
+
+def test_late_places_get_less_training_under_mixgrpos_two_decays():
+    """int(I (1 - c/M) + max(1, I // 4) c/M), and ceil(I e^(-.1 max(0, c - 13))), by hand (arXiv 2507.21802)."""
+    linear = starts("linear", 8 + 6 + 5 + 3, last=3, every=8)
+    assert linear == [0] * 8 + [1] * 6 + [2] * 5 + [3] * 3
+    exponential = starts("exponential", 14 * 5 + 5 + 5 + 4, last=16, every=5)
+    assert [exponential.count(c) for c in (0, 13, 14, 15, 16)] == [5, 5, 5, 5, 4]
+    assert window_start("exponential", 14 * 5 + 5 + 5 + 4, 0, 16, 5) == 0
+
+
+def test_a_random_window_is_anywhere_alike():
+    drawn = starts("random", 3000, first=1, last=5)
+    counts = [drawn.count(c) for c in range(1, 6)]
+    assert sum(counts) == 3000
+    assert max(abs(count - 600) for count in counts) < 4 * (3000 * 0.2 * 0.8) ** 0.5
+
+
+def test_windows_keep_their_distance_and_ranges_their_ends():
+    flat = torch.zeros(1, 10)
+    assert explore(flat, "window", k=4, min_distance=2)[0].nonzero().flatten().tolist() == [0, 2, 4, 6]
+    assert explore(flat, "window", k=3, start=2, until=5)[0].nonzero().flatten().tolist() == [2, 3, 4]
+    assert explore(flat, "all", start=1, until=4)[0].nonzero().flatten().tolist() == [1, 2, 3]
+    rising = torch.arange(10.0)[None]
+    assert explore(rising, "entropy_peaks", k=2, start=1, until=5)[0].nonzero().flatten().tolist() == [3, 4]
+    with pytest.raises(ValueError, match="4 steps, 3 apart, from step 0 on does not fit into 9 steps"):
+        explore(flat, "window", k=4, min_distance=3)

@@ -251,6 +251,17 @@ def test_nodes_of_equal_returns_get_exactly_zero(std, eps):
     assert got[4:, 1:].all()
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+def test_equal_rewards_get_exactly_zero_however_many_leaves_a_node_has(weighed):
+    """A mean of equal numbers is that number to the bit: else, without eps, rounding would become advantages of 1."""
+    node = torch.arange(11).repeat_interleave(torch.arange(1, 12))[:, None]
+    log_prob = torch.randn(66, 1, generator=torch.Generator().manual_seed(0)) if weighed else None
+    for value in (0.1, 1 / 3, 0.7, -7.3e5):
+        rewards = torch.full((66,), value, dtype=torch.float64)
+        assert torch.equal(node_returns(rewards, node, log_prob), rewards[:, None])
+        assert not tree_advantages(rewards, torch.zeros(66).long(), node, eps=0, log_prob=log_prob).any()
+
+
 def test_node_of_two_prompts_is_our_own_mistake():
     with pytest.raises(AssertionError, match="one group"):
         tree_advantages(LEAVES, ids(4, 4, 4, 4, 4, -2, -2), TREE)
