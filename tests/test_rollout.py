@@ -7,12 +7,14 @@ import torch
 
 from aegpo import models, rewards
 from aegpo.adapt import memory as memories
+from aegpo.adapt.courses import lay_out
 from aegpo.adapt.memory import Memory
-from aegpo.config import Config, Loss, Model, Optimizer, Probe, Sampler
+from aegpo.config import Config, Loss, Model, Optimizer, Probe, Sampler, resolve
 from aegpo.math.transitions import transition
 from aegpo.models.probe import AttentionProbe
 from aegpo.objective import objective
 from aegpo.rollout import SPREAD, collect, denoise, draw, entropy_curves, noise, probe, reward_spread, shared_trunk
+from aegpo.train import credit
 from aegpo.types import Judgement, Plan, Prompt
 
 PROMPTS = [Prompt(4, "a red circle", {}), Prompt(9, "two squares", {}), Prompt(11, "a cross above a ring", {})]
@@ -504,6 +506,197 @@ def test_rollouts_off_a_shared_trunk_are_those_computed_one_by_one(model, batch,
 
 
 @pytest.mark.parametrize("sampler", [SAMPLER, AWM], ids=["sde", "matching"])
+# ---------------------------------------------------------------- trees, single branches, merged and fewer steps
+
+
+def family(layer, batch=10, steps=6):
+    """Settings of a variant, with its name's own choices."""
+    return resolve({"sampler": {"steps": steps}, "optimizer": {"micro_batch": batch}}, layer)
+
+
+def branched(model, config, chosen, trunk="walked"):
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    if trunk == "probed":
+        _, walked = probe(model, PROMPTS, conditions, config, 0, Memory())
+    else:
+        walked = shared_trunk(model, PROMPTS, conditions, chosen, config, 3, 0)
+    before = model.forwards
+    drawn = collect(model, PROMPTS, conditions, chosen, config, 3, walked)
+    return conditions, drawn, model.forwards - before
+
+
+TREE = {"algorithm": "branch-grpo", "exploration": {"k": 2}}
+
+
+@pytest.mark.parametrize(("batch", "tolerance"), [(1, 0.0), (7, 1e-4)], ids=["same-shape", "another-shape"])
+def test_a_tree_is_its_leaves_drawn_one_by_one_and_no_node_twice(model, batch, tolerance):
+    """Every leaf from the shared first noise on, with the noise of the node it lies under at each step."""
+    config = family(TREE, batch)
+    explored = torch.zeros(3, 6, dtype=torch.bool)
+    explored[0, [0, 2]] = explored[1, [1, 3]] = explored[2, [2, 4]] = True
+    chosen = Plan(torch.tensor([2, 5, 3]), explored, alike(explored))
+    conditions, drawn, cost = branched(model, config, chosen)
+    node = drawn.courses.node
+    assert cost == sum(len(node[:, t].unique()) for t in range(1, 6))  # the root's evaluation is the trunk's
+    sigmas, rows = model.sigmas(6), drawn.transitions
+    names = [(p, i) for p, count in enumerate(chosen.rollouts.tolist()) for i in range(count)]
+    seen = set()
+    for leaf, (prompt, _) in enumerate(names):
+        x = noise((4, 8, 8), 1, 0, PROMPTS[prompt].id, 0)[None]
+        for t in range(6):
+            at = (x, None, sigmas[t].item(), sigmas[t + 1].item())
+            with torch.no_grad():
+                v = model.predict(x, sigmas[t], conditions, torch.tensor([prompt]), 1.0)
+            if t == 5:
+                x, _ = transition(x, v, *at[2:], "ode", 0.0)
+                break
+            mean, std = transition(x, v, *at[2:], "dance_sde", 0.3)
+            owner = node[leaf, t + 1].item()
+            after = mean + std * noise((4, 8, 8), 0, 0, 3, PROMPTS[prompt].id, names[owner][1], t + 1)
+            row = ((rows.rollout == owner) & (rows.step == t)).nonzero().flatten()
+            assert len(row) == 1  # one row for an edge, whoever passes there
+            seen.add((owner, t))
+            for mine, theirs in ((rows.x, x), (rows.x_next, after), (rows.velocity, v)):
+                torch.testing.assert_close(mine[row], theirs, atol=tolerance, rtol=tolerance)
+            x = after
+        assert np.abs(model.decode(x)[0].astype(int) - drawn.images[leaf]).max() <= (tolerance > 0)
+    assert len(rows) == len(seen)
+
+
+def test_branchgrpos_tree_costs_its_203_evaluations_here_too(model):
+    config = family({"algorithm": "branch-grpo", "exploration": {"min_distance": 3}}, 96, steps=20)
+    explored = torch.zeros(1, 20, dtype=torch.bool)
+    explored[0, [0, 3, 6, 9]] = True
+    chosen = Plan(torch.tensor([16]), explored, alike(explored))
+    conditions = model.encode([PROMPTS[0].text])
+    before = model.forwards
+    trunk = shared_trunk(model, PROMPTS[:1], conditions, chosen, config, 0, 0)
+    drawn = collect(model, PROMPTS[:1], conditions, chosen, config, 0, trunk)
+    assert model.forwards - before == 203
+    assert len(drawn.transitions) == 218 - 16
+    advantage, taught = credit(config, torch.arange(16.0), drawn.group, drawn.courses)
+    assert taught.all(1).sum() == 0 and len(drawn.transitions.judged(advantage, taught)) == 202
+
+
+@pytest.mark.parametrize("trunk", ["walked", "probed"])
+def test_single_branches_leave_the_trunk_at_their_own_step_and_weigh_by_its_noise(model, trunk):
+    """TempFlow-GRPO: the trunk to the step, one noisy step, ODE from there; weights std / mean std."""
+    config = family({"algorithm": "tempflow-grpo"})
+    explored = torch.zeros(3, 6, dtype=torch.bool)
+    explored[:, [1, 4]] = True
+    chosen = Plan(torch.tensor([4, 5, 2]), explored, alike(explored))
+    conditions, drawn, cost = branched(model, config, chosen, trunk)
+    rows = drawn.transitions
+    step = dict(zip(rows.rollout.tolist(), rows.step.tolist(), strict=True))
+    assert sorted(step) == list(range(11))
+    assert [[step[i] for i in part].count(1) for part in ((0, 1, 2, 3), (4, 5, 6, 7, 8))] in ([2, 3], [2, 2])
+    assert step[9] == step[10]  # two rollouts explore one step, lest each be alone
+    assert cost == sum(6 - step[i] - 1 for i in range(11))
+    sigmas = model.sigmas(6)
+    one = torch.zeros(5, 1, dtype=torch.float64)
+    std = transition(one, one, sigmas[:-2], sigmas[1:-1], "flow_sde", 0.7, sigmas[1])[1].flatten()
+    torch.testing.assert_close(rows.weight.double(), (std / std.mean())[rows.step], rtol=1e-6, atol=0)
+    for i in (0, 3, 4):
+        prompt, number = ((0, 0), (0, 3), (1, 0))[(0, 3, 4).index(i)]
+        own = torch.zeros_like(explored)
+        own[prompt, step[i]] = True
+        start = noise((4, 8, 8), 1, 0, PROMPTS[prompt].id, 0)
+        clean, expected = alone(
+            model, conditions, Plan(chosen.rollouts, own, alike(own)), config, prompt, number, start
+        )
+        torch.testing.assert_close(rows.x_next[rows.rollout == i][0], expected[0][1], atol=1e-4, rtol=1e-4)
+        assert np.abs(model.decode(clean)[0].astype(int) - drawn.images[i]).max() <= 1
+
+
+def test_a_merged_step_jumps_and_the_guard_weighs_by_its_length(model):
+    """One rollout by hand through steps 0, 1, 3 (to 5) and 5; the row says where it landed."""
+    layer = {"algorithm": "grpo-guard", "exploration": {"merge": 0.9, "rule": "random", "k": 1}}
+    config = family(layer)
+    explored = torch.zeros(3, 6, dtype=torch.bool)
+    explored[:, 2] = True
+    chosen = Plan(torch.tensor([2, 2, 2]), explored, alike(explored))
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    drawn = collect(model, PROMPTS, conditions, chosen, config, 3)
+    sigmas, rows = model.sigmas(6), drawn.transitions
+    lands = drawn.courses.lands[0].tolist()
+    assert lands[2] > 3 and rows.until.tolist() == [lands[2]] * 6
+    length = sigmas[2] - sigmas[lands[2]]
+    torch.testing.assert_close(rows.weight.double(), (1 / length).expand(6), rtol=1e-6, atol=0)
+    x, at = noise((4, 8, 8), 0, 0, 3, 4, 1, 0)[None], 0
+    while at < 6:
+        to = lands[at]
+        with torch.no_grad():
+            v = model.predict(x, sigmas[at], conditions, torch.tensor([0]), 1.0)
+        kind = "flow_sde" if at == 2 else "ode"
+        mean, std = transition(x, v, sigmas[at].item(), sigmas[to].item(), kind, 0.7, sigmas[1].item())
+        x = mean + std * noise((4, 8, 8), 0, 0, 3, 4, 1, at + 1) if at == 2 else mean
+        at = to
+    assert np.abs(model.decode(x)[0].astype(int) - drawn.images[1]).max() <= 1
+    loss = objective(config, model, rows, conditions)
+    assert first_error(loss) < 1e-6
+
+
+def test_after_the_window_few_second_order_steps_end_where_many_would(model):
+    """MixGRPO-Flash: seven steps after the window end nearer to 24 of Euler's than seven of Euler's do."""
+    layer = {"algorithm": "mix-grpo-flash", "exploration": {"rule": "window", "k": 2, "moves": "none"}}
+    explored = torch.zeros(3, 26, dtype=torch.bool)
+    explored[:, [0, 1]] = True
+    chosen = Plan(torch.tensor([2, 2, 2]), explored, alike(explored))
+    images, costs = {}, {}
+    for name, sampler in (
+        ("all", {"solver": "euler", "compress": 1.0}),
+        ("few", {"solver": "euler", "compress": 0.3}),
+        ("flash", {"solver": "dpm2m", "compress": 0.3}),
+    ):
+        config = family({**layer, "sampler": {"steps": 26, "kind": "cps", "eta": 0.3} | sampler}, 96, steps=26)
+        _, drawn, costs[name] = branched(model, config, chosen)
+        images[name] = drawn.images.astype(float)
+    assert costs == {"all": 6 * 25, "few": 6 * (1 + 7), "flash": 6 * (1 + 7)}
+    far, near = (np.abs(images[name] - images["all"]).mean() for name in ("few", "flash"))
+    assert 0 < near < 0.7 * far
+
+
+@pytest.mark.parametrize("kind", ["dgpo", "dpo"])
+def test_what_is_compared_is_brought_back_by_one_noise(model, kind):
+    """x - (1 - s) x0 is s e: the same for all of a group at one level, and another for another prompt or level."""
+    name = {"dgpo": "dgpo", "dpo": "online-dpo"}[kind]
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    drawn = collect(model, PROMPTS, conditions, plan(), family({"algorithm": name}), 3)
+    rows, sigmas = drawn.transitions, model.sigmas(6).float()
+    s = sigmas[rows.step].reshape(-1, 1, 1, 1)
+    e = (rows.x - (1 - s) * rows.x_next) / s
+    firsts = []
+    for unit in rows.unit.unique():
+        here = (rows.unit == unit).nonzero().flatten()
+        assert len(rows.prompt[here].unique()) == len(rows.step[here].unique()) == 1
+        assert len(here) == drawn.group.bincount()[rows.prompt[here[0]]]
+        torch.testing.assert_close(e[here], e[here[:1]].expand(len(here), -1, -1, -1), atol=1e-4, rtol=1e-4)
+        firsts.append(e[here[0]])
+    assert all((a - b).abs().max() > 0.1 for i, a in enumerate(firsts) for b in firsts[:i])
+
+
+def test_credit_on_a_tree_by_hand():
+    """Five leaves of one prompt, parting at steps 0 and 2, and two of another: each edge beside its depth's others."""
+    config = family(TREE | {"advantage": {"std": "none", "best_of": 0}})
+    explored = torch.zeros(2, 6, dtype=torch.bool)
+    explored[:, [0, 2]] = True
+    chosen = Plan(torch.tensor([4, 2]), explored, alike(explored))
+    courses = lay_out(chosen, config, PROMPTS[:2], torch.linspace(1, 0, 7, dtype=torch.float64), 0)
+    assert courses.node[:4, 1].tolist() == [0, 0, 2, 2] and courses.node[:4, 3].tolist() == [0, 1, 2, 3]
+    scores = torch.tensor([1.0, 2, 3, 6, 5, 7])
+    advantage, taught = credit(config, scores, chosen.group, courses)
+    early, late = [-1.5, -1.5, 1.5, 1.5, -1, 1], [-2, -1, 0, 3, -1, 1]
+    expected = torch.tensor([early, early, late, late, late, [0] * 6]).T.float()
+    torch.testing.assert_close(advantage, expected)
+    assert torch.equal(taught, courses.trained)
+    few = replace(config, advantage=replace(config.advantage, best_of=2))
+    same, taught = credit(few, scores, chosen.group, courses)
+    assert torch.equal(same, advantage)
+    # the best and the worst leaf of the first tree are 3 and 0; both its early edges lead to one of them
+    assert taught[:4, 0].tolist() == [True] * 4 and taught[:4, 3].tolist() == [True, False, False, True]
+    assert taught[4:, :5].all() and not taught[:, 5].any()
+
+
 def test_with_noises_of_their_own_a_quarter_of_a_group_is_on_the_trunk(model, sampler):
     conditions = model.encode([prompt.text for prompt in PROMPTS])
     config, chosen = settings(sampler), plan((2, 12, 7))

@@ -100,7 +100,7 @@ class Sampler:
     matching (arXiv 2509.25050) and its kin; `loss.clip_low` and `clip_high` then belong near 0.1, with an anchor,
     `loss.kl`, as in the recipe `world`."""
     eta: Positive = 0.7
-    """Noise scale of that transition, at most 1 for `ddim`; `dpm_sde` and `ode` have none."""
+    """Noise scale of that transition, at most 1 for `cps` and `ddim`; `dpm_sde` and `ode` have none."""
     guidance: AtLeastOne = 1.0
     """Classifier-free guidance, the same in rollouts and training; 1 is off and costs half."""
     shared_noise: Switch = False
@@ -450,8 +450,10 @@ def _check_budget(config: Config) -> None:
 
 def _check_sampler(config: Config) -> None:
     sampler, loss = config.sampler, config.loss.kind
-    if sampler.kind == "ddim" and sampler.eta > 1:
-        raise ValueError(f"sampler.eta: {sampler.eta} is above 1, the most noise that ddim can take; lower it")
+    if sampler.kind in ("cps", "ddim") and sampler.eta > 1:
+        raise ValueError(
+            f"sampler.eta: {sampler.eta} is above 1, the most noise that {sampler.kind} can take; lower it"
+        )
     if sampler.kind != "ode":
         if loss in MATCHING_LOSSES:
             raise ValueError(

@@ -122,12 +122,8 @@ def test_a_share_of_the_steps_is_trained_another_for_each_rollout_and_each_time(
 def test_the_steps_left_out_slide_by_one_and_spare_none_for_ever():
     layer = {"exploration": {"skip": 3}}
     trained = [ways([at(6, *range(5))], [2], layer, step).trained[0] for step in range(4)]
-    assert [(~row).nonzero().flatten().tolist() for row in trained] == [
-        [0, 1, 2, 5],
-        [1, 2, 3, 5],
-        [2, 3, 4, 5],
-        [0, 1, 2, 5],
-    ]
+    left = [(~row).nonzero().flatten().tolist() for row in trained]
+    assert left == [[0, 1, 2, 5], [1, 2, 3, 5], [2, 3, 4, 5], [0, 1, 2, 5]]
 
 
 def test_without_noise_the_levels_are_trained_and_nothing_is_noisy():

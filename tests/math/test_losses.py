@@ -178,12 +178,6 @@ def test_velocity_distance_is_by_hand_and_moves_the_policy_only():
     torch.testing.assert_close(slope(lambda v: velocity_kl(v, n.v_ref), n.v), (n.v - n.v_ref) / 9)
 
 
-def nft_by_hand(v: float, old: float, ref: float, x_t: float, x0: float, t: float, r: float, beta: float) -> float:
-    ahead, mirror = x_t - t * (beta * v + (1 - beta) * old), x_t - t * ((1 + beta) * old - beta * v)
-    positive, negative = ((hat - x0) ** 2 / max(abs(hat - x0), 1e-5) for hat in (ahead, mirror))
-    return 5 * (r * positive + (1 - r) * negative) / beta + 1e-4 * (v - ref) ** 2
-
-
 def test_nft_of_numbers_is_worked_by_hand():
     def rows(*values: float) -> torch.Tensor:
         return doubles(*values)[:, None]

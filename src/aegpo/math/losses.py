@@ -96,7 +96,7 @@ def masked_surrogate(
 def velocity_kl(v: Tensor, v_ref: Tensor) -> Tensor:
     """Distance from the reference in velocity, `mean((v - v_ref)^2)`; the gradient flows through `v` only.
 
-    It is `gaussian_kl` of two `match` rows.
+    It is `gaussian_kl` of two jumps from a noised image to the image, `N(x_t - t v, t^2 / 2)`.
 
     Args:
         v: (n, ...), velocities of the weights being trained.
