@@ -31,7 +31,7 @@ from aegpo.algorithms import ALGORITHMS
 
 SHORT, LONG = (24_000,), (12_000, 24_000, 36_000, 48_000)
 PROMPTS = 32  # of the world's training prompts
-RATES = (1e-4, 3e-4, 1e-3)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)
 SWEEP, SEEDS = 0, (1, 2)
 COMMON: dict[str, Any] = {
     "model": {"train": "full"},
@@ -100,7 +100,9 @@ def gains(run: dict[str, Any]) -> np.ndarray:
 
 
 def finals(runs: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    return [run for run in runs if run["algorithm"] == name and run["seed"] != SWEEP]
+    """An algorithm's long runs at its own rate."""
+    chosen = (name, best_rates(runs).get(name))
+    return [run for run in runs if (run["algorithm"], run["rate"]) == chosen and run["seed"] != SWEEP]
 
 
 def table(runs: list[dict[str, Any]]) -> Table:

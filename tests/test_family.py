@@ -161,9 +161,9 @@ def test_naming_an_algorithm_settles_every_choice_that_another_could_have_made()
 
 def test_nothing_in_the_loop_names_an_algorithm():
     loop = Path(build.__file__).with_name("train.py").read_text().lower()
+    loop = re.sub(r"from aegpo|`aegpo\.", "", loop)
     words = {*ALGORITHMS, "grpo", "nft", "dpo", "dppo", "guard", "flow", "dance", "mix", "branch", "tempflow"}
-    code = re.sub(r'"""(.|\n)*?"""|#.*', "", loop).replace("from aegpo", "")
-    assert sorted(word for word in words if re.search(rf"\b{word}\b", code)) == []
+    assert sorted(word for word in words if re.search(rf"{word}\b", loop)) == []
 
 
 def test_every_algorithm_has_its_section_and_its_paper_in_the_docs():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aegpo import models
-from aegpo.config import Config, Loss, Model, Sampler, resolve
+from aegpo.config import Advantage, Config, Loss, Model, Sampler, resolve
 from aegpo.math.transitions import transition
 from aegpo.objective import objective
 from aegpo.train import deal
@@ -116,6 +116,21 @@ def test_losses_of_finished_images_are_their_papers(policy, kind, beta, kl):
     torch.testing.assert_close(found.rows, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient(found.rows.sum(), model), gradient(expected.sum(), model), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(found.metrics["loss"], found.rows.detach())
+
+
+def test_nft_takes_the_largest_advantage_for_entirely_good(policy):
+    """Advantages cut at 2 and halved are to a clip of 1 what they were to 2: the same r, half the factor in front."""
+    model, conditions = policy
+    sampler = Sampler(kind="ode")
+    rows = make_rows(model, conditions, sampler)
+
+    def losses(rows, most):
+        config = Config(sampler=sampler, loss=Loss(kind="nft"), advantage=Advantage(clip=most))
+        return objective(config, model, rows, conditions).rows
+
+    half = replace(rows, advantage=rows.advantage / 2)
+    torch.testing.assert_close(losses(half, 1.0), losses(rows, 2.0) / 2)
+    assert (losses(rows, 2.0) - losses(rows, 5.0)).abs().max() > 1e-3
 
 
 def test_dpo_pairs_the_best_and_the_worst_of_each_unit_wherever_they_stand(policy):

@@ -505,7 +505,6 @@ def test_rollouts_off_a_shared_trunk_are_those_computed_one_by_one(model, batch,
         assert np.abs(image - drawn.images[rollout]).max() <= (tolerance > 0)
 
 
-@pytest.mark.parametrize("sampler", [SAMPLER, AWM], ids=["sde", "matching"])
 # ---------------------------------------------------------------- trees, single branches, merged and fewer steps
 
 
@@ -697,6 +696,7 @@ def test_credit_on_a_tree_by_hand():
     assert taught[4:, :5].all() and not taught[:, 5].any()
 
 
+@pytest.mark.parametrize("sampler", [SAMPLER, AWM], ids=["sde", "matching"])
 def test_with_noises_of_their_own_a_quarter_of_a_group_is_on_the_trunk(model, sampler):
     conditions = model.encode([prompt.text for prompt in PROMPTS])
     config, chosen = settings(sampler), plan((2, 12, 7))

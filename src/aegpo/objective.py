@@ -66,8 +66,8 @@ def objective(config: Config, model: Denoiser, rows: Transitions, conditions: Co
             loss, metrics = _clipped(config, current - old, rows.advantage)
             metrics |= _ratios(current - old)
         case "nft":
-            found = nft(v, rows.velocity, None, rows.x, rows.x_next, sigma, rows.advantage, how.beta, kl=0.0)
-            loss = found.rows
+            most = config.advantage.clip
+            loss = nft(v, rows.velocity, None, rows.x, rows.x_next, sigma, rows.advantage, how.beta, most, kl=0.0).rows
         case "ram":
             loss = ram(v, v_ref, rows.x, rows.x_next, sigma, rows.advantage, how.beta)
         case _:

@@ -161,7 +161,7 @@ def credit(config: Config, scores: Tensor, group: Tensor, courses: Courses) -> t
 
     A step is judged by where it landed: the mean reward of all rollouts that passed there, beside those of the others
     of the same prompt that explored the same step. Where rollouts part at their first noise, that is their own reward
-    beside the group's; on a tree, it is BranchGRPO's advantage of an edge (arXiv 2509.06040).
+    beside the group's; on a tree, it is an edge's (arXiv 2509.06040).
 
     Args:
         config: a resolved config.
