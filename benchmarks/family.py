@@ -32,7 +32,7 @@ from aegpo.algorithms import ALGORITHMS
 SHORT, LONG = (24_000,), (12_000, 24_000, 36_000, 48_000)
 PROMPTS = 32  # of the world's training prompts
 RATES = (3e-5, 1e-4, 3e-4, 1e-3)
-SWEEP, SEEDS = 0, (1, 2)
+SWEEP, SEEDS = 0, (1, 2, 3)
 COMMON: dict[str, Any] = {
     "model": {"train": "full"},
     "optimizer": {"betas": [0.9, 0.99], "micro_batch": 96},
