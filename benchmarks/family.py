@@ -202,6 +202,9 @@ def main() -> None:
 
     if asked.explain:
         rates = best_rates(runs)
+        missing = {algorithm for algorithm, _ in EXPLAINED.values()} - set(rates)
+        if missing:
+            parser.error(f"no rate is chosen yet for {', '.join(sorted(missing))}; run without --explain first")
         wanted = [(name, rates[algorithm], seed) for seed in SEEDS for name, (algorithm, _) in EXPLAINED.items()]
         run_all(explain_one, explained, wanted)
         Console(width=160).print(explanation(explained))

@@ -33,7 +33,8 @@ from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan
 from aegpo.config import Config, resolve
 from aegpo.data import draw, load_prompts
-from aegpo.rollout import collect, probe, reward_spread, shared_trunk
+from aegpo.rollout import collect, shared_trunk
+from aegpo.signals import probe, reward_spread
 from aegpo.train import credit, update
 from aegpo.types import Plan, Signals
 

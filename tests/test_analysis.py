@@ -33,7 +33,7 @@ from aegpo.config import Config, Model, Optimizer, Probe, Sampler, load_yaml, re
 from aegpo.data import load_prompts
 from aegpo.report.html import correlation
 from aegpo.rewards import load
-from aegpo.rollout import entropy_curves, probe, reward_spread
+from aegpo.signals import entropy_curves, probe, reward_spread
 from aegpo.types import Judgement, Prompt
 
 PROMPTS = [Prompt(4, "a red circle", {}), Prompt(9, "two squares", {}), Prompt(11, "a cross above a ring", {})]

@@ -1,3 +1,5 @@
+"""Rollouts: their rows, their noise, their costs, trunks and trees, on the real model."""
+
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -5,17 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from aegpo import models, rewards
-from aegpo.adapt import memory as memories
+from aegpo import models
 from aegpo.adapt.courses import lay_out
 from aegpo.adapt.memory import Memory
-from aegpo.config import Config, Loss, Model, Optimizer, Probe, Sampler, resolve
+from aegpo.config import Config, Loss, Model, Optimizer, Sampler, resolve
 from aegpo.math.transitions import transition
-from aegpo.models.probe import AttentionProbe
 from aegpo.objective import objective
-from aegpo.rollout import SPREAD, collect, denoise, draw, entropy_curves, noise, probe, reward_spread, shared_trunk
+from aegpo.rollout import collect, denoise, draw, noise, shared_trunk
+from aegpo.signals import probe
 from aegpo.train import credit
-from aegpo.types import Judgement, Plan, Prompt
+from aegpo.types import Plan, Prompt
 
 PROMPTS = [Prompt(4, "a red circle", {}), Prompt(9, "two squares", {}), Prompt(11, "a cross above a ring", {})]
 SAMPLER = Sampler(steps=6)
@@ -295,103 +296,6 @@ def test_the_weight_of_the_pull_follows_the_samplers_own_noise(kind):
     std_dev = {"flow_sde": 0.7 * (s / (1 - s)) ** 0.5, "dance_sde": 0.7, "cps": s_next * np.sin(0.7 * np.pi / 2)}[kind]
     expected = (means[0] - means[1]).square().mean().item() / (2 * std_dev**2)
     assert loss.metrics["kl"].item() == pytest.approx(expected, rel=1e-4)
-
-
-def test_the_probe_reads_what_a_plain_run_of_the_same_trajectory_shows():
-    model = a_policy_that_moved()
-    conditions = model.encode([prompt.text for prompt in PROMPTS])
-    memory = Memory()
-    signals, _ = probe(model, PROMPTS, conditions, settings(batch=2), 0, memory)
-    assert sorted(memory.base_entropy) == [(4, 0), (9, 0), (11, 0)]
-    assert (signals.entropy - signals.base_entropy).abs().max() > 1e-4
-
-    base, _ = probe(models.load(Model()), PROMPTS, conditions, settings(), 0, Memory())
-    torch.testing.assert_close(base.entropy, signals.base_entropy, atol=1e-5, rtol=0)
-    assert base.delta_entropy.max() < 1e-6
-    by_hand = (signals.entropy.numpy().mean(1) - base.entropy.numpy().mean(1)).__abs__()
-    np.testing.assert_allclose(signals.delta_entropy, by_hand, atol=1e-5)
-    np.testing.assert_allclose(signals.relative_delta_entropy, by_hand / base.entropy.numpy().mean(1), atol=1e-5)
-
-    before = model.forwards
-    turned = PROMPTS[::-1]
-    again, _ = probe(model, turned, model.encode([p.text for p in turned]), settings(batch=2), 5, memory)
-    assert model.forwards - before == 3 * 6  # the base is not run again
-    torch.testing.assert_close(again.entropy, signals.entropy.flip(0), atol=1e-5, rtol=0)
-
-
-def test_visits_take_turns_with_a_prompts_noises_and_the_base_is_probed_once_for_each(model):
-    config = replace(settings(), probe=Probe(noises=2))
-    conditions = model.encode([prompt.text for prompt in PROMPTS])
-    memory, curves, costs = Memory(), [], []
-    for visit in range(4):
-        before = model.forwards
-        signals, _ = probe(model, PROMPTS, conditions, config, visit, memory)
-        costs.append(model.forwards - before)
-        curves.append(signals.entropy)
-    assert costs == [36, 36, 18, 18]
-    assert torch.equal(curves[0], curves[2]) and torch.equal(curves[1], curves[3])
-    assert (curves[0] - curves[1]).abs().min() > 0
-    assert sorted(memory.base_entropy) == [(i, n) for i in (4, 9, 11) for n in (0, 1)]
-
-
-def test_a_memory_too_small_for_a_batch_only_costs_more_probes(model, monkeypatch):
-    conditions = model.encode([prompt.text for prompt in PROMPTS])
-    expected, _ = probe(model, PROMPTS, conditions, settings(), 0, Memory())
-    monkeypatch.setattr(memories, "REMEMBERED", 2)
-    memory = Memory()
-    for _ in range(2):
-        signals, _ = probe(model, PROMPTS, conditions, settings(), 0, memory)
-        torch.testing.assert_close(signals.base_entropy, expected.base_entropy, atol=1e-5, rtol=0)
-    assert len(memory.base_entropy) == 2
-
-
-def test_every_step_of_a_curve_is_that_steps_own_attention():
-    """The trajectory walked by hand, each step's attention read on its own: no layer or step changes places."""
-    model = models.load(Model())
-    conditions, sigmas = model.encode([prompt.text for prompt in PROMPTS]), model.sigmas(6)
-    signals, trunk = probe(model, PROMPTS, conditions, settings(batch=2), 0, Memory())
-    layers, _ = entropy_curves(model, PROMPTS, conditions, settings(batch=2))
-    x = torch.stack([noise((4, 8, 8), 1, 0, prompt.id, 0) for prompt in PROMPTS])
-    for step in range(6):
-        torch.testing.assert_close(trunk.latents[:, step], x, atol=1e-5, rtol=1e-5)
-        with AttentionProbe(model.network) as attention, torch.no_grad():
-            v = model.predict(x, sigmas[step], conditions, torch.arange(3), 1.0)
-        expected = attention.entropy().double()
-        torch.testing.assert_close(signals.entropy[:, step], expected.mean(0), atol=1e-5, rtol=0)
-        torch.testing.assert_close(layers[:, :, step], expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(trunk.velocities[:, step], v, atol=3e-5, rtol=1e-5)
-        x = x - (sigmas[step] - sigmas[step + 1]).float() * v
-    torch.testing.assert_close(trunk.latents[:, 6], x, atol=1e-5, rtol=1e-5)
-    assert signals.entropy.std(1).min() > 1e-3
-
-
-def test_under_guidance_the_probe_reads_the_prompts_half_only():
-    model = models.load(Model())
-    conditions = model.encode([prompt.text for prompt in PROMPTS])
-    guided, _ = probe(model, PROMPTS, conditions, settings(Sampler(steps=2, guidance=3.0)), 0, Memory())
-    plain, _ = probe(model, PROMPTS, conditions, settings(Sampler(steps=2)), 0, Memory())
-    torch.testing.assert_close(guided.entropy[:, 0], plain.entropy[:, 0], atol=1e-5, rtol=0)
-
-
-def test_the_probe_reads_what_the_settings_name(model):
-    conditions = model.encode([prompt.text for prompt in PROMPTS])
-    read = {}
-    for name, how in {
-        "all": Probe(),
-        "text": Probe(keys="text"),
-        "one layer": Probe(layers=("transformer_blocks.1.attn",)),
-        "share": Probe(normalise=True),
-        "one row": Probe(rows=1),
-        "from text": Probe(queries="text"),
-    }.items():
-        read[name], _ = entropy_curves(model, PROMPTS, conditions, replace(settings(), probe=how))
-    tokens = conditions.embeds.shape[1]
-    assert read["text"].max() <= np.log(tokens) + 1e-6 < read["all"].max()
-    torch.testing.assert_close(read["one layer"][0], read["all"][1], atol=1e-6, rtol=0)
-    torch.testing.assert_close(read["share"] * np.log(16 + tokens), read["all"], atol=1e-5, rtol=0)
-    assert len({len(curves) for name, curves in read.items() if name != "one layer"}) == 1
-    for name in ("one row", "from text"):
-        assert (read[name] - read["all"]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("most", [1, 4, 7, 16, 96])
@@ -715,45 +619,6 @@ def test_with_noises_of_their_own_a_quarter_of_a_group_is_on_the_trunk(model, sa
             start = noise((4, 8, 8), 1, 0, PROMPTS[prompt].id, 0)
             clean, _ = alone(model, conditions, chosen, config, prompt, number, start)
         assert np.abs(model.decode(clean)[0].astype(int) - on.images[rollout]).max() <= 1
-
-
-def test_the_spread_of_reward_is_measured_step_by_step(model):
-    """The same by hand: for each prompt and step, six rollouts that explore it alone, and their standard deviation."""
-    config = settings(Sampler(steps=4, kind="cps", eta=0.6))
-    conditions = model.encode([prompt.text for prompt in PROMPTS])
-
-    def brightness(images, prompts, metadata):
-        return Judgement(images.mean((1, 2, 3)).astype(np.float32))
-
-    before = model.forwards
-    spread = reward_spread(model, PROMPTS, conditions, brightness, config, 5, 0)
-    assert model.forwards - before == 3 * 3 + 3 * 6 * (3 + 2 + 1)
-    shared = replace(config, sampler=replace(config.sampler, shared_noise=True))
-    for step in range(3):
-        explored = torch.eye(4, dtype=torch.bool)[step].expand(3, 4)
-        each = Plan(torch.tensor([6, 6, 6]), explored, alike(explored))
-        trunk = shared_trunk(model, PROMPTS, conditions, each, shared, 0, 0)
-        drawn = collect(model, PROMPTS, conditions, each, shared, 5, trunk, purpose=SPREAD)
-        groups = drawn.images.mean((1, 2, 3)).reshape(3, 6)
-        assert spread[step].item() == pytest.approx(groups.std(1).mean(), rel=1e-3)
-    assert spread[3] == 0
-
-
-def test_what_is_measured_and_what_is_trained_have_different_noise(model):
-    conditions = model.encode([prompt.text for prompt in PROMPTS])
-    measured = collect(model, PROMPTS, conditions, plan(), settings(), 3, purpose=SPREAD)
-    trained = collect(model, PROMPTS, conditions, plan(), settings(), 3)
-    assert not (measured.images == trained.images).all((1, 2, 3)).any()
-
-
-def test_in_the_world_it_is_the_early_steps_whose_exploration_spreads_the_reward(model):
-    from aegpo import world
-
-    prompts = [Prompt(i, row["prompt"], row) for i, row in enumerate(world.held_out()[::40])]
-    config = settings(Sampler(steps=8, kind="cps", eta=0.6), batch=96)
-    conditions = model.encode([prompt.text for prompt in prompts])
-    spread = reward_spread(model, prompts, conditions, rewards.load("world"), config, 0, 0)
-    assert spread[:4].min() > spread[5:7].max()
 
 
 def test_evaluation_pictures_are_always_the_same(model):

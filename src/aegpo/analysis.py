@@ -24,7 +24,7 @@ from aegpo.config import SPREAD_ROLLOUTS, Config, with_noise
 from aegpo.evaluation import draw_and_judge, evenly_spaced
 from aegpo.models.base import Denoiser
 from aegpo.rewards import Reward
-from aegpo.rollout import entropy_curves, reward_spread
+from aegpo.signals import entropy_curves, reward_spread
 from aegpo.types import Prompt, Signals, Trunk
 
 SPREAD_OVER = 24  # prompts, at most, over which the spread of reward is measured

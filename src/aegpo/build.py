@@ -28,7 +28,7 @@ from aegpo.models import load, load_pipeline, loading, text_tokens
 from aegpo.report import read_metrics, write_analysis, write_model_card, write_report
 from aegpo.report.analysis import READINGS, SIGNALS, from_one
 from aegpo.report.html import correlation, percent
-from aegpo.rollout import entropy_curves
+from aegpo.signals import entropy_curves
 from aegpo.train import train
 from aegpo.types import Prompt
 

@@ -1,11 +1,9 @@
 """How good the policy is now: the same held-out prompts from the same noise, every time."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from diffusers.training_utils import EMAModel
 
 from aegpo.config import Config
 from aegpo.models.base import Denoiser
@@ -70,17 +68,3 @@ def _means(judged: Judgement, tasks: Sequence[str | None]) -> dict[str, float]:
         if judged.passed is not None:
             metrics[f"eval/pass_rate/{task}"] = float(judged.passed[here].mean())
     return metrics
-
-
-@contextmanager
-def averaged(model: Denoiser, average: EMAModel | None) -> Iterator[None]:
-    """Within it, the model has its averaged weights, if an average was taken yet."""
-    if average is None or average.optimization_step == 0:
-        yield
-        return
-    average.store(model.trainable.values())
-    average.copy_to(model.trainable.values())
-    try:
-        yield
-    finally:
-        average.restore(model.trainable.values())

@@ -1,11 +1,10 @@
-"""Drawing images: the probe's noiseless ones, the rollouts that explore, and those of an evaluation.
+"""Drawing images: the rollouts that explore, the noiseless trunks they leave, and the pictures of an evaluation.
 
 Noise is keyed by what it is for, never by where it stands in a batch: a rollout gets the same noise in any batch.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -14,25 +13,18 @@ import torch
 from torch import Tensor
 
 from aegpo.adapt.courses import lay_out
-from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import policy_noise
 from aegpo.config import (
     GROUP_LOSSES,
     RIDERS,
-    SPREAD_PROMPTS,
-    SPREAD_ROLLOUTS,
     Config,
-    Exploration,
     Sampler,
     needs_velocity,
-    with_noise,
 )
 from aegpo.math.solvers import dpmpp_2m
 from aegpo.math.transitions import transition
 from aegpo.models.base import Denoiser
-from aegpo.models.probe import AttentionProbe
-from aegpo.rewards import Reward
-from aegpo.types import Conditions, Courses, Plan, Prompt, Rollouts, Signals, Transitions, Trunk
+from aegpo.types import Conditions, Courses, Plan, Prompt, Rollouts, Transitions, Trunk
 
 ROLLOUT, TRUNK, EVALUATION, SPREAD = 0, 1, 2, 6  # what noise is for: the first number of its key
 
@@ -40,98 +32,6 @@ ROLLOUT, TRUNK, EVALUATION, SPREAD = 0, 1, 2, 6  # what noise is for: the first 
 def noise(shape: tuple[int, ...], *key: int) -> Tensor:
     """Standard normal noise that depends on the key alone; float32, on the CPU."""
     return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, dtype=np.float32))
-
-
-def _noise_of_step(shape: tuple[int, ...], keys: Sequence[tuple[int, ...]], i: int, step: int) -> Tensor:
-    """The noise of a rollout's denoising step; number 0 is that of its first latent."""
-    return noise(shape, *keys[i], step + 1)
-
-
-def _first_latents(model: Denoiser, keys: Sequence[tuple[int, ...]]) -> Tensor:
-    return torch.stack([noise(model.latent_shape, *key) for key in keys]).to(model.device)
-
-
-def _own_latents(model: Denoiser, prompts: Sequence[Prompt], config: Config, visit: int) -> Tensor:
-    """The noise that each prompt keeps for its trunk: the same at every visit, or one of a few that take turns."""
-    number = visit % config.probe.noises
-    return _first_latents(model, [(TRUNK, config.seed, prompt.id, number) for prompt in prompts])
-
-
-def probe(
-    model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, config: Config, visit: int, memory: Memory
-) -> tuple[Signals, Trunk]:
-    """Denoise each prompt once by ODE, under the policy and under the base, and read the attention (arXiv 2602.06825).
-
-    Args:
-        model: the policy.
-        prompts: of the step.
-        conditions: the encoded prompts.
-        config: a resolved config.
-        visit: how often all prompts were gone through before, which says from which of their own noises these start.
-        memory: its `base_entropy` is read, and filled at the first visit of a prompt and its noise.
-
-    Returns:
-        The entropies, and the policy's trajectories, which `collect` lets rollouts branch off.
-    """
-    number = visit % config.probe.noises
-    keys = [(prompt.id, number) for prompt in prompts]
-    new, fresh = [i for i, key in enumerate(keys) if key not in memory.base_entropy], {}
-    if new:
-        with model.reference():
-            curves, _ = entropy_curves(model, [prompts[i] for i in new], conditions[torch.tensor(new)], config, visit)
-        fresh = dict(zip([keys[i] for i in new], curves.mean(0), strict=True))
-    base = torch.stack([fresh[key] if key in fresh else memory.base_entropy[key] for key in keys])
-    memory.add_base_entropy(fresh)
-    curves, trunk = entropy_curves(model, prompts, conditions, config, visit)
-    return Signals(curves.mean(0), base), trunk
-
-
-def entropy_curves(
-    model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, config: Config, visit: int = 0
-) -> tuple[Tensor, Trunk]:
-    """Each prompt's noiseless trajectory, and the attention entropy on its way, float64 (layers, P, N), in nats."""
-    how, curves, parts = config.probe, [], []
-    for part in torch.arange(len(prompts)).split(config.optimizer.micro_batch):
-        x = _own_latents(model, [prompts[i] for i in part.tolist()], config, visit)
-        with AttentionProbe(
-            model.network,
-            rows=how.rows,
-            queries=how.queries,
-            keys=how.keys,
-            layers=how.layers,
-            half="both" if config.sampler.guidance == 1 else "conditional",
-            normalise=how.normalise,
-        ) as attention:
-            parts.append(denoise(model, x, conditions, part, config.sampler))
-        steps_first = attention.entropy().unflatten(0, (config.sampler.steps, -1))
-        curves.append(steps_first.permute(1, 2, 0).double().cpu())
-    return torch.cat(curves, 1), _joined(parts)
-
-
-def walk_trunk(
-    model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, length: Tensor, config: Config, visit: int
-) -> Trunk:
-    """The trunk without the probe: each prompt's noiseless trajectory, so many steps of it; `length` is int64 (P,)."""
-    parts = []
-    for part in torch.arange(len(prompts)).split(config.optimizer.micro_batch):
-        x = _own_latents(model, [prompts[i] for i in part.tolist()], config, visit)
-        parts.append(denoise(model, x, conditions, part, config.sampler, length[part]))
-    return _joined(parts)
-
-
-def shared_trunk(
-    model: Denoiser,
-    prompts: Sequence[Prompt],
-    conditions: Conditions,
-    plan: Plan,
-    config: Config,
-    step: int,
-    visit: int,
-) -> Trunk:
-    """The trunk without the probe, to where the last of each prompt's rollouts leaves it."""
-    courses = lay_out(plan, config, prompts, model.sigmas(config.sampler.steps), step)
-    last = torch.zeros_like(plan.rollouts).scatter_reduce(0, plan.group, courses.leaves, "amax")
-    return walk_trunk(model, prompts, conditions, last + 1, config, visit)
 
 
 @torch.no_grad()
@@ -229,119 +129,6 @@ def collect(
     return Rollouts(images, prompt, courses, replace(transitions, unit=unit))
 
 
-@contextmanager
-def acting(model: Denoiser, weights: Sequence[Tensor] | None) -> Iterator[None]:
-    """Within it, the policy has other weights, in the order of `model.trainable`, unless there are none."""
-    if weights is None:
-        yield
-        return
-    own = [parameter.detach().clone() for parameter in model.trainable.values()]
-    _put(model, weights)
-    try:
-        yield
-    finally:
-        _put(model, own)
-
-
-def _put(model: Denoiser, weights: Sequence[Tensor]) -> None:
-    for parameter, weight in zip(model.trainable.values(), weights, strict=True):
-        parameter.data.copy_(weight)
-
-
-def draw(model: Denoiser, prompts: Sequence[Prompt], config: Config) -> np.ndarray:
-    """`eval_images` pictures of each prompt by ODE, always from the same noise; uint8 (prompts x images, H, W, 3)."""
-    pictures = []
-    wanted = [(prompt, i) for prompt in prompts for i in range(config.eval_images)]
-    for at in range(0, len(wanted), config.optimizer.micro_batch):
-        part = wanted[at : at + config.optimizer.micro_batch]
-        x = _first_latents(model, [(EVALUATION, config.seed, prompt.id, i) for prompt, i in part])
-        conditions = model.encode([prompt.text for prompt, _ in part])
-        walked = denoise(model, x, conditions, torch.arange(len(part)), config.sampler)
-        pictures.append(model.decode(walked.latents[:, -1]))
-    return np.concatenate(pictures)
-
-
-def reward_spread(
-    model: Denoiser,
-    prompts: Sequence[Prompt],
-    conditions: Conditions,
-    reward: Reward,
-    config: Config,
-    step: int,
-    visit: int,
-    trunk: Trunk | None = None,
-) -> Tensor:
-    """How far exploring each step alone spreads the rewards of a group: what exploring it is worth.
-
-    A few rollouts of the first few prompts start from their prompt's noise and explore one step alone, for every step
-    but the last. Where the sampler has no noise, CPS stands in for it.
-
-    Returns:
-        float64 (N,): the standard deviation of reward inside a group, mean over the prompts; 0 for the last step.
-    """
-    few, steps = min(SPREAD_PROMPTS, len(prompts)), config.sampler.steps
-    sampler = replace(with_noise(config).sampler, shared_noise=True, solver="euler", compress=1.0)
-    shared = replace(config, sampler=sampler, exploration=Exploration())
-    each = torch.eye(steps, dtype=torch.bool)[:-1]
-    if trunk is None:
-        trunk = walk_trunk(model, prompts[:few], conditions, torch.full((few,), steps - 1), shared, visit)
-    owner = torch.arange(few).repeat_interleave(steps - 1)  # every prompt once for each step
-    alike = torch.ones(len(owner), steps, dtype=torch.float64)
-    plan = Plan(torch.full_like(owner, SPREAD_ROLLOUTS), each.repeat(few, 1), alike)
-    asked = [prompts[i] for i in owner.tolist()]
-    drawn = collect(model, asked, conditions[owner], plan, shared, step, trunk[owner], purpose=SPREAD)
-    judged = [asked[i] for i in drawn.group.tolist()]
-    scores = reward(drawn.images, [prompt.text for prompt in judged], [prompt.metadata for prompt in judged]).score
-    spread = torch.from_numpy(scores).double().reshape(few, steps - 1, SPREAD_ROLLOUTS).std(2, correction=0).mean(0)
-    return torch.cat([spread, spread.new_zeros(1)])
-
-
-@torch.no_grad()
-def denoise(
-    model: Denoiser, x: Tensor, conditions: Conditions, prompt: Tensor, sampler: Sampler, length: Tensor | None = None
-) -> Trunk:
-    """One batch from noise to clean latents by ODE, or as many steps of it as are asked for.
-
-    Args:
-        model: the policy.
-        x: first latents, float32 (B, ...).
-        conditions: the encoded prompts.
-        prompt: int64 (B,), the row of the conditions that each latent belongs to.
-        sampler: the settings of the steps.
-        length: int64 (B,), how many steps each latent takes; by default all N.
-
-    Returns:
-        The trajectories, one a latent; clean ones are `latents[:, -1]`.
-    """
-    sigmas = model.sigmas(sampler.steps)
-    latents, velocities = [x], []
-    for step in range(sampler.steps):
-        sigma, sigma_next = sigmas[step].item(), sigmas[step + 1].item()
-        here = torch.arange(len(x)) if length is None else (length > step).nonzero().flatten()
-        velocity = torch.zeros_like(x)
-        if len(here):
-            velocity[here] = model.predict(x[here], sigmas[step], conditions, prompt[here], sampler.guidance)
-        x, _ = transition(x, velocity, sigma, sigma_next, "ode", eta=0.0)
-        latents.append(x)
-        velocities.append(velocity)
-    return Trunk(torch.stack(latents, 1), torch.stack(velocities, 1))
-
-
-def _batches(which: Tensor, most: int) -> Sequence[Tensor]:
-    """The places where `which`, bool (n,), holds, in as few parts of at most so many as can be, all about alike."""
-    places = which.nonzero().flatten()
-    return places.tensor_split(math.ceil(len(places) / most)) if len(places) else ()
-
-
-def _some(which: Tensor) -> Sequence[Tensor]:
-    """The places where `which`, bool (n,), holds, as one part; none where there are none."""
-    return (which.nonzero().flatten(),) if which.any() else ()
-
-
-def _joined(parts: Sequence[Trunk]) -> Trunk:
-    return Trunk(torch.cat([part.latents for part in parts]), torch.cat([part.velocities for part in parts]))
-
-
 @torch.no_grad()
 def revisit(
     model: Denoiser,
@@ -426,3 +213,107 @@ def _step_weight(config: Config, sigmas: Tensor, at: int, lands: Tensor) -> Tens
             return std.flatten() / policy_noise(config, sigmas)[:-1].mean()
         case "step":
             return 1 / (sigmas[at] - sigmas[lands])
+
+
+def _noise_of_step(shape: tuple[int, ...], keys: Sequence[tuple[int, ...]], i: int, step: int) -> Tensor:
+    """The noise of a rollout's denoising step; number 0 is that of its first latent."""
+    return noise(shape, *keys[i], step + 1)
+
+
+def _first_latents(model: Denoiser, keys: Sequence[tuple[int, ...]]) -> Tensor:
+    return torch.stack([noise(model.latent_shape, *key) for key in keys]).to(model.device)
+
+
+def _batches(which: Tensor, most: int) -> Sequence[Tensor]:
+    """The places where `which`, bool (n,), holds, in as few parts of at most so many as can be, all about alike."""
+    places = which.nonzero().flatten()
+    return places.tensor_split(math.ceil(len(places) / most)) if len(places) else ()
+
+
+def _some(which: Tensor) -> Sequence[Tensor]:
+    """The places where `which`, bool (n,), holds, as one part; none where there are none."""
+    return (which.nonzero().flatten(),) if which.any() else ()
+
+
+# ---------------------------------------------------------------- trunks, and pictures without noise
+
+
+def shared_trunk(
+    model: Denoiser,
+    prompts: Sequence[Prompt],
+    conditions: Conditions,
+    plan: Plan,
+    config: Config,
+    step: int,
+    visit: int,
+) -> Trunk:
+    """The trunk without the probe, to where the last of each prompt's rollouts leaves it."""
+    courses = lay_out(plan, config, prompts, model.sigmas(config.sampler.steps), step)
+    last = torch.zeros_like(plan.rollouts).scatter_reduce(0, plan.group, courses.leaves, "amax")
+    return walk_trunk(model, prompts, conditions, last + 1, config, visit)
+
+
+def walk_trunk(
+    model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, length: Tensor, config: Config, visit: int
+) -> Trunk:
+    """The trunk without the probe: each prompt's noiseless trajectory, so many steps of it; `length` is int64 (P,)."""
+    parts = []
+    for part in torch.arange(len(prompts)).split(config.optimizer.micro_batch):
+        x = own_latents(model, [prompts[i] for i in part.tolist()], config, visit)
+        parts.append(denoise(model, x, conditions, part, config.sampler, length[part]))
+    return joined(parts)
+
+
+def own_latents(model: Denoiser, prompts: Sequence[Prompt], config: Config, visit: int) -> Tensor:
+    """The noise that each prompt keeps for its trunk: the same at every visit, or one of a few that take turns."""
+    number = visit % config.probe.noises
+    return _first_latents(model, [(TRUNK, config.seed, prompt.id, number) for prompt in prompts])
+
+
+@torch.no_grad()
+def denoise(
+    model: Denoiser, x: Tensor, conditions: Conditions, prompt: Tensor, sampler: Sampler, length: Tensor | None = None
+) -> Trunk:
+    """One batch from noise to clean latents by ODE, or as many steps of it as are asked for.
+
+    Args:
+        model: the policy.
+        x: first latents, float32 (B, ...).
+        conditions: the encoded prompts.
+        prompt: int64 (B,), the row of the conditions that each latent belongs to.
+        sampler: the settings of the steps.
+        length: int64 (B,), how many steps each latent takes; by default all N.
+
+    Returns:
+        The trajectories, one a latent; clean ones are `latents[:, -1]`.
+    """
+    sigmas = model.sigmas(sampler.steps)
+    latents, velocities = [x], []
+    for step in range(sampler.steps):
+        sigma, sigma_next = sigmas[step].item(), sigmas[step + 1].item()
+        here = torch.arange(len(x)) if length is None else (length > step).nonzero().flatten()
+        velocity = torch.zeros_like(x)
+        if len(here):
+            velocity[here] = model.predict(x[here], sigmas[step], conditions, prompt[here], sampler.guidance)
+        x, _ = transition(x, velocity, sigma, sigma_next, "ode", eta=0.0)
+        latents.append(x)
+        velocities.append(velocity)
+    return Trunk(torch.stack(latents, 1), torch.stack(velocities, 1))
+
+
+def joined(parts: Sequence[Trunk]) -> Trunk:
+    """Trunks of other prompts, one after another."""
+    return Trunk(torch.cat([part.latents for part in parts]), torch.cat([part.velocities for part in parts]))
+
+
+def draw(model: Denoiser, prompts: Sequence[Prompt], config: Config) -> np.ndarray:
+    """`eval_images` pictures of each prompt by ODE, always from the same noise; uint8 (prompts x images, H, W, 3)."""
+    pictures = []
+    wanted = [(prompt, i) for prompt in prompts for i in range(config.eval_images)]
+    for at in range(0, len(wanted), config.optimizer.micro_batch):
+        part = wanted[at : at + config.optimizer.micro_batch]
+        x = _first_latents(model, [(EVALUATION, config.seed, prompt.id, i) for prompt, i in part])
+        conditions = model.encode([prompt.text for prompt, _ in part])
+        walked = denoise(model, x, conditions, torch.arange(len(part)), config.sampler)
+        pictures.append(model.decode(walked.latents[:, -1]))
+    return np.concatenate(pictures)

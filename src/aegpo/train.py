@@ -19,12 +19,13 @@ from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan, remember
 from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_spread
 from aegpo.data import draw
-from aegpo.evaluation import averaged, evaluate
+from aegpo.evaluation import evaluate
 from aegpo.math.advantages import best_of, node_returns, tree_advantages
-from aegpo.models.base import Denoiser
+from aegpo.models.base import Denoiser, acting
 from aegpo.objective import objective
 from aegpo.rewards import Reward
-from aegpo.rollout import acting, collect, probe, reward_spread, shared_trunk
+from aegpo.rollout import collect, shared_trunk
+from aegpo.signals import probe, reward_spread
 from aegpo.types import Conditions, Courses, Prompt, Transitions
 
 SHUFFLE = 3  # what a random choice is for: the first number of its key
@@ -89,7 +90,7 @@ def train(
 
     def record(step: int, metrics: dict[str, Any]) -> None:
         if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
-            with averaged(model, average):
+            with acting(model, average.shadow_params if average and average.optimization_step else None):
                 metrics |= evaluate(config, model, held_out, reward, run / "samples" / f"step-{step:06d}.png")
                 logbook.put(run, model.save)
         metrics = {"step": step, "seconds": time.monotonic() - began, "forwards": model.forwards, **metrics}

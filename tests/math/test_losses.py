@@ -373,3 +373,18 @@ def test_half_precision_is_widened_before_the_arithmetic(name):
     }
     got = loss(**narrow)
     torch.testing.assert_close(got.double(), loss(**wide), rtol=1e-4, atol=1e-4)
+
+
+def test_one_number_a_row_is_a_latent_of_one_element():
+    n = Noised
+    rows = [each[:, 0, 0, 0] for each in (n.v, n.v_old, n.v_ref, n.x_t, n.x0)]
+    columns = [row[:, None] for row in rows]
+    for v, v_old, v_ref, x_t, x0 in (rows, columns):
+        error = (v - (x_t - x0) / n.t.reshape(-1, *[1] * (v.ndim - 1))).square().reshape(-1)
+        torch.testing.assert_close(matching_error(v, x_t, x0, n.t), error)
+        torch.testing.assert_close(velocity_kl(v, v_ref), (v - v_ref).square().reshape(-1))
+        found = guard_log_ratio(n.advantage, n.t, v, v_old, n.t.reshape(-1, *[1] * (v.ndim - 1)))
+        torch.testing.assert_close(found, n.t * (n.advantage - n.t) + (v - v_old).square().reshape(-1) / (2 * n.t))
+    assert torch.equal(nft(*rows, n.t, n.advantage, 0.3).rows, nft(*columns, n.t, n.advantage, 0.3).rows)
+    flat, upright = (ram(v, v_ref, x_t, x0, n.t, n.advantage, 2.0) for v, _, v_ref, x_t, x0 in (rows, columns))
+    assert torch.equal(flat, upright)

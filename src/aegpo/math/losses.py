@@ -63,7 +63,7 @@ def guard_log_ratio(log_prob: Tensor, log_prob_old: Tensor, mean: Tensor, mean_o
         (n,).
     """
     assert log_prob.shape == log_prob_old.shape == (len(mean),) and mean.shape == mean_old.shape
-    assert std.numel() in (1, len(mean)) and (std.numel() == 1 or std.ndim == mean.ndim)
+    assert std.numel() == 1 or std.shape == (len(mean), *[1] * (mean.ndim - 1))
     std = std.detach().reshape(-1)
     return std * (log_prob - log_prob_old.detach()) + _mean_square(mean, mean_old.detach()) / (2 * std)
 
@@ -282,8 +282,8 @@ def dpo(error_w: Tensor, error_w_ref: Tensor, error_l: Tensor, error_l_ref: Tens
 
 def _mean_square(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared difference over all dimensions but the first, (n,)."""
-    assert a.shape == b.shape and a.ndim > 1
-    return (a - b).square().flatten(1).mean(1)
+    assert a.shape == b.shape
+    return (a - b).square().reshape(len(a), -1).mean(1)
 
 
 def _with_target(v: Tensor, x_t: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,5 +295,5 @@ def _with_target(v: Tensor, x_t: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor,
 
 def _self_normalised(error: Tensor) -> Tensor:
     """Mean square of each row over its own mean size, (n,); the size is a constant, and at least 1e-5."""
-    error = error.flatten(1)
+    error = error.reshape(len(error), -1)
     return error.square().mean(1) / error.detach().abs().mean(1).clamp(min=1e-5)

@@ -1,7 +1,7 @@
 """What the loop asks of a model. One small adapter a family answers it; nothing outside this room knows diffusers."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -69,3 +69,22 @@ class Denoiser(Protocol):
     def save(self, folder: Path) -> None:
         """Write the trained weights in diffusers' own layout."""
         ...
+
+
+@contextmanager
+def acting(model: Denoiser, weights: Sequence[Tensor] | None) -> Iterator[None]:
+    """Within it, the policy has other weights, in the order of `model.trainable`, unless there are none."""
+    if weights is None:
+        yield
+        return
+    own = [parameter.detach().clone() for parameter in model.trainable.values()]
+    _put(model, weights)
+    try:
+        yield
+    finally:
+        _put(model, own)
+
+
+def _put(model: Denoiser, weights: Sequence[Tensor]) -> None:
+    for parameter, weight in zip(model.trainable.values(), weights, strict=True):
+        parameter.data.copy_(weight)

@@ -1,0 +1,101 @@
+"""What a step's plan goes by, measured: attention entropy, and how far exploring each step spreads the rewards."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from aegpo.adapt.memory import Memory
+from aegpo.config import SPREAD_PROMPTS, SPREAD_ROLLOUTS, Config, Exploration, with_noise
+from aegpo.models.base import Denoiser
+from aegpo.models.probe import AttentionProbe
+from aegpo.rewards import Reward
+from aegpo.rollout import SPREAD, collect, denoise, joined, own_latents, walk_trunk
+from aegpo.types import Conditions, Plan, Prompt, Signals, Trunk
+
+
+def probe(
+    model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, config: Config, visit: int, memory: Memory
+) -> tuple[Signals, Trunk]:
+    """Denoise each prompt once by ODE, under the policy and under the base, and read the attention (arXiv 2602.06825).
+
+    Args:
+        model: the policy.
+        prompts: of the step.
+        conditions: the encoded prompts.
+        config: a resolved config.
+        visit: how often all prompts were gone through before, which says from which of their own noises these start.
+        memory: its `base_entropy` is read, and filled at the first visit of a prompt and its noise.
+
+    Returns:
+        The entropies, and the policy's trajectories, which `collect` lets rollouts branch off.
+    """
+    number = visit % config.probe.noises
+    keys = [(prompt.id, number) for prompt in prompts]
+    new, fresh = [i for i, key in enumerate(keys) if key not in memory.base_entropy], {}
+    if new:
+        with model.reference():
+            curves, _ = entropy_curves(model, [prompts[i] for i in new], conditions[torch.tensor(new)], config, visit)
+        fresh = dict(zip([keys[i] for i in new], curves.mean(0), strict=True))
+    base = torch.stack([fresh[key] if key in fresh else memory.base_entropy[key] for key in keys])
+    memory.add_base_entropy(fresh)
+    curves, trunk = entropy_curves(model, prompts, conditions, config, visit)
+    return Signals(curves.mean(0), base), trunk
+
+
+def entropy_curves(
+    model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, config: Config, visit: int = 0
+) -> tuple[Tensor, Trunk]:
+    """Each prompt's noiseless trajectory, and the attention entropy on its way, float64 (layers, P, N), in nats."""
+    how, curves, parts = config.probe, [], []
+    for part in torch.arange(len(prompts)).split(config.optimizer.micro_batch):
+        x = own_latents(model, [prompts[i] for i in part.tolist()], config, visit)
+        with AttentionProbe(
+            model.network,
+            rows=how.rows,
+            queries=how.queries,
+            keys=how.keys,
+            layers=how.layers,
+            half="both" if config.sampler.guidance == 1 else "conditional",
+            normalise=how.normalise,
+        ) as attention:
+            parts.append(denoise(model, x, conditions, part, config.sampler))
+        steps_first = attention.entropy().unflatten(0, (config.sampler.steps, -1))
+        curves.append(steps_first.permute(1, 2, 0).double().cpu())
+    return torch.cat(curves, 1), joined(parts)
+
+
+def reward_spread(
+    model: Denoiser,
+    prompts: Sequence[Prompt],
+    conditions: Conditions,
+    reward: Reward,
+    config: Config,
+    step: int,
+    visit: int,
+    trunk: Trunk | None = None,
+) -> Tensor:
+    """How far exploring each step alone spreads the rewards of a group: what exploring it is worth.
+
+    A few rollouts of the first few prompts start from their prompt's noise and explore one step alone, for every step
+    but the last. Where the sampler has no noise, CPS stands in for it.
+
+    Returns:
+        float64 (N,): the standard deviation of reward inside a group, mean over the prompts; 0 for the last step.
+    """
+    few, steps = min(SPREAD_PROMPTS, len(prompts)), config.sampler.steps
+    sampler = replace(with_noise(config).sampler, shared_noise=True, solver="euler", compress=1.0)
+    shared = replace(config, sampler=sampler, exploration=Exploration())
+    each = torch.eye(steps, dtype=torch.bool)[:-1]
+    if trunk is None:
+        trunk = walk_trunk(model, prompts[:few], conditions, torch.full((few,), steps - 1), shared, visit)
+    owner = torch.arange(few).repeat_interleave(steps - 1)  # every prompt once for each step
+    alike = torch.ones(len(owner), steps, dtype=torch.float64)
+    plan = Plan(torch.full_like(owner, SPREAD_ROLLOUTS), each.repeat(few, 1), alike)
+    asked = [prompts[i] for i in owner.tolist()]
+    drawn = collect(model, asked, conditions[owner], plan, shared, step, trunk[owner], purpose=SPREAD)
+    judged = [asked[i] for i in drawn.group.tolist()]
+    scores = reward(drawn.images, [prompt.text for prompt in judged], [prompt.metadata for prompt in judged]).score
+    spread = torch.from_numpy(scores).double().reshape(few, steps - 1, SPREAD_ROLLOUTS).std(2, correction=0).mean(0)
+    return torch.cat([spread, spread.new_zeros(1)])
