@@ -172,9 +172,12 @@ def test_the_settings_are_sorted_into_kinds_as_expected():
     assert {"optimizer.lr", "sampler.eta", "loss.kl", "optimizer.ema"} <= set(FLOATS)
 
 
-@pytest.mark.parametrize("name", INTEGERS)
 @pytest.mark.parametrize("value", [True, 2.5, 4.0, "8", "many", None, [8], -1])
+@pytest.mark.parametrize("name", INTEGERS)
 def test_a_count_is_a_whole_number_and_not_negative(name: str, value: Any):
+    if (name, value) == ("exploration.until", -1):  # counts from the end
+        assert resolve(nested(name, value)).exploration.until == -1
+        return
     assert complaint(nested(name, value)).startswith(f"{name}: input should be ")
     assert complaint(nested(name, value)).endswith(f", got {value!r}")
 
@@ -246,6 +249,30 @@ def test_all_steps_but_the_last_can_be_explored(rule: str):
     said = complaint(layer, {"exploration": {"k": 6}})
     assert said == (
         "exploration.k: 6 steps to explore, but only 0 to 4 of 0 to 5 can; lower it, or raise sampler.steps"
+    )
+
+
+@pytest.mark.parametrize(
+    ("start", "until", "may"),
+    [
+        (0, 0, range(9)),
+        (0, 5, range(5)),
+        (2, 5, range(2, 5)),
+        (0, -1, range(8)),
+        (3, -4, range(3, 5)),
+        (1, 40, range(1, 9)),
+    ],
+)
+def test_steps_may_be_kept_from_exploring_at_either_end(start: int, until: int, may: range):
+    config = resolve({"algorithm": "flow-grpo", "exploration": {"start": start, "until": until}})
+    assert configuration.explorable(config) == may
+
+
+@pytest.mark.parametrize(("start", "until"), [(9, 0), (3, 3), (0, -9), (5, -4)])
+def test_a_range_without_a_step_is_refused(start: int, until: int):
+    assert complaint({"algorithm": "flow-grpo", "exploration": {"start": start, "until": until}}) == (
+        f"exploration.start: of steps 0 to 8, none from {start} on may explore under exploration.until {until}; "
+        "lower the one or raise the other"
     )
 
 

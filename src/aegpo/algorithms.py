@@ -171,8 +171,15 @@ ALGORITHMS: dict[str, Algorithm] = {
     "online-dpo": _on(
         MATCHING, "2311.12908", advantage={"std": "group", "best_of": 2}, loss={"kind": "dpo", "beta": 100.0}
     ),
-    # The posterior of DDPM as the policy.
-    "ddpo": _on(PLAIN, "2305.13301", sampler={"kind": "ddim", "eta": 1.0}, advantage={"std": "group"}),
+    # The posterior of DDPM as the policy. Its noise is no larger than the level it lands on: so small at the last but
+    # one step of SD3's schedule that the network's rounding would show as a ratio, so that step is left out.
+    "ddpo": _on(
+        PLAIN,
+        "2305.13301",
+        sampler={"kind": "ddim", "eta": 1.0},
+        exploration={"until": -1},
+        advantage={"std": "group"},
+    ),
     # The change of attention entropy says which prompts get more rollouts. All explore where that was measured to
     # spread their rewards most, which in our ablation (docs/aegpo.md) taught more than any peaks of entropy.
     "aegpo": _on(AEGPO, "2602.06825", exploration={"rule": "reward_spread"}),

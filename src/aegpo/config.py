@@ -163,8 +163,8 @@ class Exploration:
     """How many steps a prompt explores; ignored by `all`."""
     start: Size = 0
     """The first step that may explore."""
-    until: Size = 0
-    """Steps from this one on may not explore; 0: only the last may not, which never does."""
+    until: Annotated[int, Field(strict=True)] = 0
+    """Steps from this one on may not explore, or, if negative, so many at the end; the last never may in any case."""
     min_distance: Count = 1
     """Steps between two peaks, at least, and between the steps of a `window`."""
     moves: Literal["none", "random", "progressive", "linear", "exponential"] = "none"
@@ -354,8 +354,7 @@ def needs_spread(config: Config) -> bool:
 
 def explorable(config: Config) -> range:
     """The denoising steps that may explore."""
-    last = config.sampler.steps - 1
-    return range(config.exploration.start, min(config.exploration.until or last, last))
+    return range(config.sampler.steps - 1)[config.exploration.start : config.exploration.until or None]
 
 
 def with_noise(config: Config) -> Config:
@@ -497,7 +496,8 @@ def _check_exploration(config: Config) -> None:
     room = explorable(config)
     if not room:
         raise ValueError(
-            f"exploration.start: no step from {how.start} on may explore; lower it, or raise exploration.until"
+            f"exploration.start: of steps 0 to {steps - 2}, none from {how.start} on may explore under "
+            f"exploration.until {how.until}; lower the one or raise the other"
         )
     if how.rule != "all" and how.k > len(room):
         raise ValueError(
