@@ -482,8 +482,8 @@ def test_branchgrpos_tree_costs_its_203_evaluations_here_too(model):
 
 
 @pytest.mark.parametrize("trunk", ["walked", "probed"])
-def test_single_branches_leave_the_trunk_at_their_own_step_and_weigh_by_its_noise(model, trunk):
-    """TempFlow-GRPO: the trunk to the step, one noisy step, ODE from there; weights std / mean std."""
+def test_single_branches_leave_the_trunk_at_their_own_step(model, trunk):
+    """TempFlow-GRPO: the trunk to the step, one noisy step, ODE from there."""
     config = family({"algorithm": "tempflow-grpo"})
     explored = torch.zeros(3, 6, dtype=torch.bool)
     explored[:, [1, 4]] = True
@@ -495,10 +495,6 @@ def test_single_branches_leave_the_trunk_at_their_own_step_and_weigh_by_its_nois
     assert [[step[i] for i in part].count(1) for part in ((0, 1, 2, 3), (4, 5, 6, 7, 8))] in ([2, 3], [2, 2])
     assert step[9] == step[10]  # two rollouts explore one step, lest each be alone
     assert cost == sum(6 - step[i] - 1 for i in range(11))
-    sigmas = model.sigmas(6)
-    one = torch.zeros(5, 1, dtype=torch.float64)
-    std = transition(one, one, sigmas[:-2], sigmas[1:-1], "flow_sde", 0.7, sigmas[1])[1].flatten()
-    torch.testing.assert_close(rows.weight.double(), (std / std.mean())[rows.step], rtol=1e-6, atol=0)
     for i in (0, 3, 4):
         prompt, number = ((0, 0), (0, 3), (1, 0))[(0, 3, 4).index(i)]
         own = torch.zeros_like(explored)
@@ -511,9 +507,9 @@ def test_single_branches_leave_the_trunk_at_their_own_step_and_weigh_by_its_nois
         assert np.abs(model.decode(clean)[0].astype(int) - drawn.images[i]).max() <= 1
 
 
-def test_a_merged_step_jumps_and_the_guard_weighs_by_its_length(model):
-    """One rollout by hand through steps 0, 1, 3 (to 5) and 5; the row says where it landed."""
-    layer = {"algorithm": "grpo-guard", "exploration": {"merge": 0.9, "rule": "random", "k": 1}}
+def test_a_merged_step_jumps_and_its_density_is_that_of_the_noise_it_took(model):
+    """One rollout by hand through steps 0, 1, 2 (to 4) and on; the row says where it landed, the loss believes it."""
+    layer = {"algorithm": "flow-grpo", "exploration": {"merge": 0.9, "rule": "random", "k": 1}}
     config = family(layer)
     explored = torch.zeros(3, 6, dtype=torch.bool)
     explored[:, 2] = True
@@ -523,8 +519,6 @@ def test_a_merged_step_jumps_and_the_guard_weighs_by_its_length(model):
     sigmas, rows = model.sigmas(6), drawn.transitions
     lands = drawn.courses.lands[0].tolist()
     assert lands[2] > 3 and rows.until.tolist() == [lands[2]] * 6
-    length = sigmas[2] - sigmas[lands[2]]
-    torch.testing.assert_close(rows.weight.double(), (1 / length).expand(6), rtol=1e-6, atol=0)
     x, at = noise((4, 8, 8), 0, 0, 3, 4, 1, 0)[None], 0
     while at < 6:
         to = lands[at]
@@ -535,8 +529,20 @@ def test_a_merged_step_jumps_and_the_guard_weighs_by_its_length(model):
         x = mean + std * noise((4, 8, 8), 0, 0, 3, 4, 1, at + 1) if at == 2 else mean
         at = to
     assert np.abs(model.decode(x)[0].astype(int) - drawn.images[1]).max() <= 1
-    loss = objective(config, model, rows, conditions)
-    assert first_error(loss) < 1e-6
+    kind, where = ("flow_sde", 0.7), (sigmas[2].item(), sigmas[lands[2]].item())
+    mean, std = transition(rows.x, rows.velocity, *where, *kind, sigmas[1].item())
+    keys = [(3, prompt.id, i) for prompt in PROMPTS for i in range(2)]
+    z = torch.stack([noise((4, 8, 8), 0, 0, *key, 3) for key in keys])
+    torch.testing.assert_close((rows.x_next - mean) / std, z, atol=1e-5, rtol=1e-5)
+    assert first_error(objective(config, model, rows, conditions)) < 1e-6
+    moved = 0.01 * torch.randn(rows.x.shape, generator=torch.Generator().manual_seed(1))
+    rows = replace(rows, advantage=-torch.ones(6), velocity=rows.velocity + moved)  # as if drawn by another policy
+    old, _ = transition(rows.x, rows.velocity, *where, *kind, sigmas[1].item())
+    normals = [torch.distributions.Normal(m, std.expand_as(m)) for m in (mean, old)]
+    log_ratio = (normals[0].log_prob(rows.x_next) - normals[1].log_prob(rows.x_next)).mean((1, 2, 3))
+    found = objective(config, model, rows, conditions).metrics["ratio/mean"]
+    assert (found - 1).abs().max() > 1e-4
+    torch.testing.assert_close(found, log_ratio.exp(), atol=2e-6, rtol=0)
 
 
 def test_after_the_window_few_second_order_steps_end_where_many_would(model):

@@ -150,7 +150,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         PLAIN,
         "2601.00423",
         sampler={"shared_noise": True},
-        exploration={"rule": "random", "k": 2, "until": 5, "branch": "each", "merge": 0.9},
+        exploration={"rule": "random", "k": 2, "until": 5, "branch": "each", "merge": 0.7},
         advantage={"std": "group"},
     ),
     # Towards good images and away from bad ones, along the line through the policy that drew them.

@@ -344,7 +344,7 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     explored = {
         "none": len(explorable(config)) if how.rule == "all" else how.k,
         "each": 1,
-        "tree": steps - 1,
+        "tree": len(explorable(config)),
     }[how.branch]
     explored = max(1, int(explored * how.share))
     rows, updates, most = rollouts * explored, config.optimizer.updates, config.optimizer.micro_batch

@@ -231,8 +231,8 @@ class Loss:
     matching: Literal["uniform", "t", "t2", "huber", "ghuber"] = "uniform"
     """How the matching loss at noise level t counts as a log-probability (arXiv 2509.25050), for `clip` under `ode`."""
     weight: Literal["none", "noise", "step"] = "none"
-    """Weigh a noisy step's rows by its noise over the mean step's (TempFlow-GRPO), or by one over its length in sigma
-    (GRPO-Guard)."""
+    """Weigh the policy's part of a noisy step's loss by its noise over the mean step's (TempFlow-GRPO), or by one over
+    its length in sigma (GRPO-Guard)."""
     beta: Positive = 1.0
     """The loss's own strength: NFT's beta, RAM's w, DGPO's and DPO's beta."""
     kl: NonNegative = 0.0
@@ -453,6 +453,8 @@ def _check_sampler(config: Config) -> None:
         raise ValueError(
             f"sampler.eta: {sampler.eta} is above 1, the most noise that {sampler.kind} can take; lower it"
         )
+    if loss in ("guard", "dppo") and config.loss.score != "gaussian":
+        raise ValueError(f"loss.score: {loss} needs the density itself, not {config.loss.score}; leave it gaussian")
     if sampler.kind != "ode":
         if loss in MATCHING_LOSSES:
             raise ValueError(
@@ -487,10 +489,20 @@ def _check_exploration(config: Config) -> None:
         raise ValueError(
             f"exploration.branch: {how.branch} lets a prompt's rollouts begin as one; set sampler.shared_noise true"
         )
+    if how.merge is not None and config.sampler.kind not in ("flow_sde", "dance_sde"):
+        raise ValueError(
+            f"exploration.merge: a longer step of {config.sampler.kind} need not take more noise, so none is merged; "
+            "leave it null, or choose flow_sde or dance_sde"
+        )
     if how.branch == "tree" and how.merge is not None:
         raise ValueError("exploration.merge: a tree is noisy at every step, so none is merged; leave it null")
     if config.advantage.best_of == 1:
         raise ValueError("advantage.best_of: one rollout alone is not better than any; give 0 for all, or 2 or more")
+    if config.loss.kind in GROUP_LOSSES and how.share < 1:
+        raise ValueError(
+            f"exploration.share: {config.loss.kind} compares a group's rollouts at the same noise levels, so none may "
+            "leave any out; it must be 1"
+        )
     if config.loss.kind == "dpo" and config.advantage.best_of != 2:
         raise ValueError("advantage.best_of: dpo compares the best with the worst of a group; it must be 2")
     room = explorable(config)
@@ -509,8 +521,8 @@ def _check_exploration(config: Config) -> None:
             f"exploration.min_distance: {how.k} steps to explore do not fit {how.min_distance} apart into steps "
             f"{room[0]} to {room[-1]}; lower it or exploration.k, or raise sampler.steps"
         )
-    if how.skip >= steps - 1:
-        raise ValueError(f"exploration.skip: {how.skip} steps left out leave none of {steps - 1} to train; lower it")
+    if how.skip >= len(room):
+        raise ValueError(f"exploration.skip: {how.skip} steps left out leave none of {len(room)} to train; lower it")
 
 
 def _one_line(error: ValidationError) -> str:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from aegpo.adapt.plan import policy_noise
 from aegpo.config import Config, needs_reference
 from aegpo.math.losses import (
     clipped_surrogate,
@@ -57,6 +58,7 @@ def objective(config: Config, model: Denoiser, rows: Transitions, conditions: Co
                 loss = masked_surrogate(current, old, rows.advantage, moved, how.max_kl)
             else:
                 loss, metrics = _clipped(config, log_ratio, rows.advantage)
+            loss = loss * _step_weight(config, sigmas, sigma - sigma_next, std)
             metrics |= _ratios(log_ratio)
         case "clip":
             current, old = (
@@ -91,6 +93,17 @@ def objective(config: Config, model: Denoiser, rows: Transitions, conditions: Co
     return LossOutput(loss, metrics | {"loss": loss.detach()})
 
 
+def _step_weight(config: Config, sigmas: Tensor, length: Tensor, std: Tensor) -> Tensor | float:
+    """What a noisy step counts for by its length in sigma, (n,), or its noise, (n, 1, ...); see `loss.weight`."""
+    match config.loss.weight:
+        case "none":
+            return 1.0
+        case "noise":
+            return std.flatten() / policy_noise(config, sigmas)[:-1].mean().item()
+        case "step":
+            return 1 / length
+
+
 def _clipped(config: Config, log_ratio: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped surrogate of log-ratios (n,), and which of them stand beyond the clip."""
     low, high = config.loss.clip_low, config.loss.clip_high
@@ -106,8 +119,9 @@ def _ratios(log_ratio: Tensor) -> dict[str, Tensor]:
 
 
 def _pairwise(error: Tensor, error_ref: Tensor, rows: Transitions, beta: float) -> Tensor:
-    """DPO's loss, (n,): a pair, the best and the worst at one noise level, has it in its best one's row."""
+    """DPO's loss, (n,): each of a pair's two rows, the best and the worst at one noise level, has that of the pair."""
     best, worst = ((sign * rows.advantage > 0).nonzero().flatten() for sign in (1, -1))
     best, worst = (part[rows.unit.to(part.device)[part].argsort()] for part in (best, worst))
+    assert torch.equal(rows.unit[best.cpu()], rows.unit[worst.cpu()]), "the rows of a pair are of one unit"
     loss = dpo(error[best], error_ref[best], error[worst], error_ref[worst], beta)
-    return torch.zeros_like(error).index_put((best,), loss)
+    return torch.zeros_like(error).index_put((torch.cat([best, worst]),), torch.cat([loss, loss]))

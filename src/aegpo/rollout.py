@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from aegpo.adapt.courses import lay_out
-from aegpo.adapt.plan import policy_noise
 from aegpo.config import (
     GROUP_LOSSES,
     RIDERS,
@@ -115,7 +114,7 @@ def collect(
             child = courses.node[which, lands[which]]
             x_next[which] = mean + std * torch.stack([fresh(i, at) for i in child.tolist()]).to(x.device)
             own = which[courses.trained[which, at] & (child == which)]
-            weight = plan.weight[prompt[own], at] * _step_weight(config, sigmas, at, lands[own])
+            weight = plan.weight[prompt[own], at]
             rows.append(
                 _rows(x[own], x_next[own], velocity[own], torch.full_like(own, at), lands[own], prompt, own, weight)
             )
@@ -202,19 +201,6 @@ def _rows(
     )
 
 
-def _step_weight(config: Config, sigmas: Tensor, at: int, lands: Tensor) -> Tensor:
-    """What noisy steps from one point count for, float64 (m,); see `loss.weight`."""
-    match config.loss.weight:
-        case "none":
-            return torch.ones(len(lands), dtype=torch.float64)
-        case "noise":
-            one, sampler = torch.zeros(len(lands), 1, dtype=torch.float64), config.sampler
-            _, std = transition(one, one, sigmas[at], sigmas[lands], sampler.kind, sampler.eta, sigmas[1])
-            return std.flatten() / policy_noise(config, sigmas)[:-1].mean()
-        case "step":
-            return 1 / (sigmas[at] - sigmas[lands])
-
-
 def _noise_of_step(shape: tuple[int, ...], keys: Sequence[tuple[int, ...]], i: int, step: int) -> Tensor:
     """The noise of a rollout's denoising step; number 0 is that of its first latent."""
     return noise(shape, *keys[i], step + 1)
@@ -256,7 +242,7 @@ def shared_trunk(
 def walk_trunk(
     model: Denoiser, prompts: Sequence[Prompt], conditions: Conditions, length: Tensor, config: Config, visit: int
 ) -> Trunk:
-    """The trunk without the probe: each prompt's noiseless trajectory, so many steps of it; `length` is int64 (P,)."""
+    """The trunk without the probe, from a new noise at each visit, and only so many steps of it as `length`, (P,)."""
     parts = []
     for part in torch.arange(len(prompts)).split(config.optimizer.micro_batch):
         x = own_latents(model, [prompts[i] for i in part.tolist()], config, visit)
@@ -264,9 +250,8 @@ def walk_trunk(
     return joined(parts)
 
 
-def own_latents(model: Denoiser, prompts: Sequence[Prompt], config: Config, visit: int) -> Tensor:
-    """The noise that each prompt keeps for its trunk: the same at every visit, or one of a few that take turns."""
-    number = visit % config.probe.noises
+def own_latents(model: Denoiser, prompts: Sequence[Prompt], config: Config, number: int) -> Tensor:
+    """The noise that each prompt has for a trunk; `number` tells those of one prompt apart."""
     return _first_latents(model, [(TRUNK, config.seed, prompt.id, number) for prompt in prompts])
 
 

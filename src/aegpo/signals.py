@@ -50,7 +50,7 @@ def entropy_curves(
     """Each prompt's noiseless trajectory, and the attention entropy on its way, float64 (layers, P, N), in nats."""
     how, curves, parts = config.probe, [], []
     for part in torch.arange(len(prompts)).split(config.optimizer.micro_batch):
-        x = own_latents(model, [prompts[i] for i in part.tolist()], config, visit)
+        x = own_latents(model, [prompts[i] for i in part.tolist()], config, visit % how.noises)
         with AttentionProbe(
             model.network,
             rows=how.rows,

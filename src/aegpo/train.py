@@ -201,9 +201,10 @@ def update(
 ) -> dict[str, Any]:
     """Shuffle the rows of all prompts and timesteps, deal them to the optimizer steps, and take those.
 
-    Rows without an advantage, such as all of a group whose rewards are equal, teach nothing and are left out before the
-    forward. The loss is summed over the others and divided by the number of all, so a step with few of them is a small
-    one; what is logged are means over the others, and null what the loss does not know.
+    Rows without an advantage, such as all of a group whose rewards are equal, say nothing of the reward and are left
+    out before the forward, and with them their pull to the base or the old policy. The loss is summed over the others
+    and divided by the number of all, so a step with few of them is a small one; what is logged are means over the
+    others, and null what the loss does not know.
     """
     share = len(rows) / config.optimizer.updates
     rows = rows[torch.isin(rows.unit, rows.unit[rows.advantage.cpu() != 0]).nonzero().flatten()]

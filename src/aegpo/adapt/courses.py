@@ -22,8 +22,8 @@ def lay_out(plan: Plan, config: Config, prompts: Sequence[Prompt], sigmas: Tenso
     * `exploration.branch: none`: every rollout takes noise at all steps that its prompt explores.
     * `each` (TempFlow-GRPO, arXiv 2508.04324): at one of them, which its group has dealt among itself so that no step
       falls to a rollout alone; with too few rollouts for all steps, some wait for another training step.
-    * `tree` (BranchGRPO, arXiv 2509.06040): at every step but the last, and the explored ones part it: a node's leaves
-      go two ways, or as many as it takes for all to stand alone after the last parting.
+    * `tree` (BranchGRPO, arXiv 2509.06040): at every step that may explore, and those the plan chose part it: a node's
+      leaves go two ways, or as many as it takes for all to stand alone after the last parting.
 
     Args:
         plan: rollouts for each prompt, and the steps they explore.
@@ -32,7 +32,7 @@ def lay_out(plan: Plan, config: Config, prompts: Sequence[Prompt], sigmas: Tenso
         sigmas: the noise schedule, float64 (N + 1,).
         step: of the training.
     """
-    steps = config.sampler.steps
+    room, steps = explorable(config), config.sampler.steps
     group, explored = plan.group, plan.explored[plan.group]
     alone = torch.arange(len(group))
     node = alone.unsqueeze(1).repeat(1, steps + 1)
@@ -43,12 +43,14 @@ def lay_out(plan: Plan, config: Config, prompts: Sequence[Prompt], sigmas: Tenso
         case "tree":
             for p in range(len(plan.rollouts)):
                 node[group == p] = alone[group == p][_tree(plan.explored[p], int(plan.rollouts[p]))]
-            explored[:, : steps - 1] = True
+            explored[:, room.start : room.stop] = True
     without_noise = config.sampler.kind == "ode"
     ways = [_way(tuple(row), config, tuple(sigmas.tolist())) for row in (explored & (not without_noise)).tolist()]
     lands, noisy = torch.tensor([way[0] for way in ways]), torch.tensor([way[1] for way in ways])
     explored = explored if without_noise else noisy
-    keys = [(TRAINED, config.seed, step, prompts[p].id) for p in group.tolist()]
+    keys = [
+        (TRAINED, config.seed, step, prompts[p].id, i) for p, n in enumerate(plan.rollouts.tolist()) for i in range(n)
+    ]
     return Courses(lands, noisy, node, explored, explored & _kept(explored, config, keys, step))
 
 
@@ -127,7 +129,7 @@ def _kept(explored: Tensor, config: Config, keys: Sequence[tuple[int, ...]], ste
     if how.share < 1:
         for i, key in enumerate(keys):
             steps = explored[i].nonzero().flatten()
-            order = np.random.default_rng([*key, i]).permutation(len(steps))
+            order = np.random.default_rng(key).permutation(len(steps))
             kept[i, steps[torch.from_numpy(order[max(1, int(len(steps) * how.share)) :])]] = False
     if how.skip:
         room = explorable(config)
