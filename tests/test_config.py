@@ -312,3 +312,31 @@ def test_every_choice_of_a_rule_is_accepted():
     for group in ("allocation", "exploration"):
         for rule in get_args(get_type_hints(get_type_hints(Config)[group])["rule"]):
             assert getattr(resolve({group: {"rule": rule}}), group).rule == rule
+
+
+@pytest.mark.parametrize(
+    ("layer", "expected"),
+    [
+        ({"algorithm": "dgpo", "exploration": {"share": 0.5}}, "exploration.share: dgpo compares"),
+        ({"algorithm": "online-dpo", "exploration": {"share": 0.5}}, "exploration.share: dpo compares"),
+        ({"algorithm": "online-dpo", "advantage": {"best_of": 4}}, "advantage.best_of: dpo compares"),
+        ({"algorithm": "flow-grpo", "advantage": {"best_of": 1}}, "advantage.best_of: one rollout alone"),
+        ({"algorithm": "e-grpo", "sampler": {"kind": "cps"}}, "exploration.merge: a longer step of cps"),
+        ({"algorithm": "e-grpo", "sampler": {"kind": "dpm_sde"}}, "exploration.merge: a longer step of dpm_sde"),
+        ({"algorithm": "branch-grpo", "exploration": {"merge": 0.5}}, "exploration.merge: a tree is noisy"),
+        ({"algorithm": "branch-grpo", "sampler": {"shared_noise": False}}, "exploration.branch: tree lets"),
+        ({"algorithm": "grpo-guard", "loss": {"score": "squared"}}, "loss.score: guard needs"),
+        ({"algorithm": "flow-dppo", "loss": {"score": "squared"}}, "loss.score: dppo needs"),
+        ({"algorithm": "flow-grpo", "loss": {"kind": "nft"}}, "loss.kind: nft is of finished images"),
+        ({"algorithm": "awm", "loss": {"kind": "guard"}}, "loss.kind: rollouts of sampler.kind ode"),
+        ({"algorithm": "awm", "sampler": {"solver": "dpm2m"}}, "sampler.solver: rollouts of sampler.kind ode"),
+        ({"algorithm": "ddpo", "sampler": {"eta": 1.2}}, "sampler.eta: 1.2 is above 1"),
+        ({"algorithm": "flow-grpo", "exploration": {"start": 3, "until": 5, "skip": 2}}, "exploration.skip: 2 steps"),
+        ({"algorithm": "flow-grpo", "exploration": {"skip": 9}}, "exploration.skip: 9 steps"),
+    ],
+)
+def test_choices_that_contradict_one_another_are_refused_and_their_neighbours_are_not(
+    layer: dict[str, Any], expected: str
+):
+    assert complaint(layer).startswith(expected)
+    resolve({"algorithm": layer["algorithm"]})

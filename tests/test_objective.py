@@ -174,6 +174,26 @@ def test_guards_ratio_is_the_noise_times_how_the_mean_moved(policy):
     torch.testing.assert_close(found.metrics["ratio/mean"], ratio.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.rows, -rows.advantage * ratio, rtol=1e-5, atol=1e-6)
     assert (ratio - 1).abs().max() > 1e-5 and std.min() > 0
+    expected = gradient((-rows.advantage * ratio).sum(), model)
+    torch.testing.assert_close(gradient(found.rows.sum(), model), expected, rtol=1e-3, atol=1e-5)
+    assert expected.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("weight", ["noise", "step"])
+def test_a_steps_weight_is_the_policys_and_not_the_pulls(policy, weight):
+    """TempFlow-GRPO's std over the mean step's, GRPO-Guard's 1 / h; the pull to the base counts alike at all steps."""
+    model, conditions = policy
+    found, rows, log_ratio, _, std, *_ = noisy(
+        model, conditions, kl=0.3, kl_of="velocity", weight=weight, clip_low=9, clip_high=9
+    )
+    sigmas = model.sigmas(10).float()
+    s, s_next = sigmas[:9], sigmas[1:]
+    noise = 0.7 * (s * (s - s_next[:9]) / (1 - s.where(s < 1, sigmas[1]))).sqrt()
+    torch.testing.assert_close(std, noise[rows.step], rtol=1e-4, atol=0)
+    expected = {"noise": std / noise.mean(), "step": 1 / (s - s_next[:9])[rows.step]}[weight]
+    surrogate = -rows.advantage * log_ratio.exp()
+    torch.testing.assert_close(found.rows, expected * surrogate + 0.3 * found.metrics["kl"], rtol=1e-4, atol=1e-5)
+    assert expected.max() > 2 * expected.min()
 
 
 def test_dppo_stops_only_what_moves_on_and_is_far_already(policy):

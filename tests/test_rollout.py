@@ -1,5 +1,6 @@
 """Rollouts: their rows, their noise, their costs, trunks and trees, on the real model."""
 
+import itertools
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ from aegpo import models
 from aegpo.adapt.courses import lay_out
 from aegpo.adapt.memory import Memory
 from aegpo.config import Config, Loss, Model, Optimizer, Sampler, resolve
+from aegpo.math.solvers import dpmpp_2m
 from aegpo.math.transitions import transition
 from aegpo.objective import objective
 from aegpo.rollout import collect, denoise, draw, noise, shared_trunk
@@ -239,13 +241,13 @@ def drawn_by_another(model, rows, ratio, sampler=SAMPLER):
 
 
 def test_the_surrogate_is_clipped_at_its_own_two_ends_and_says_so(model):
-    """Old policies made by hand: ratios 1.5, .65, 1.1 and .9 against a clip of [.7, 1.2]."""
+    """Old policies made by hand: ratios 1.25, .65, 1.1 and .75 against a clip of [.7, 1.2]."""
     conditions, drawn = rollouts(model, batch=10)
     few = drawn.transitions[torch.tensor([0, 3, 6, 9])]
-    ratio = torch.tensor([1.5, 0.65, 1.1, 0.9])
+    ratio = torch.tensor([1.25, 0.65, 1.1, 0.75])
     old = drawn_by_another(model, few, ratio)
     config = Config(sampler=SAMPLER, loss=Loss(clip_low=0.3, clip_high=0.2))
-    for sign, expected in ((1, [1.2, 0.65, 1.1, 0.9]), (-1, [1.5, 0.7, 1.1, 0.9])):
+    for sign, expected in ((1, [1.2, 0.65, 1.1, 0.75]), (-1, [1.25, 0.7, 1.1, 0.75])):
         loss = objective(config, model, replace(old, advantage=torch.full((4,), 2.0 * sign)), conditions)
         torch.testing.assert_close(loss.rows.detach(), -2.0 * sign * torch.tensor(expected), rtol=1e-4, atol=0)
         assert loss.metrics["clip_fraction"].tolist() == [1, 1, 0, 0]
@@ -279,9 +281,9 @@ def test_the_pull_to_the_base_is_flow_grpos_and_has_a_gradient():
     assert max(g.abs().max() for g in pull) > 3e-4
 
 
-@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps"])
+@pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps", "ddim", "dpm_sde"])
 def test_the_weight_of_the_pull_follows_the_samplers_own_noise(kind):
-    """Flow-GRPO divides by 2 std_dev^2: g without sqrt(h) for an SDE, the whole s' sin(phi) for CPS."""
+    """Flow-GRPO divides by 2 std_dev^2: g without sqrt(h) for an SDE, the whole noise for the others."""
     model = a_policy_that_moved()
     sampler = Sampler(steps=6, kind=kind)
     conditions, drawn = rollouts(model, batch=10, sampler=sampler)
@@ -293,7 +295,14 @@ def test_the_weight_of_the_pull_follows_the_samplers_own_noise(kind):
         with context, torch.no_grad():
             v = model.predict(row.x, torch.tensor(s), conditions, row.prompt, 1.0)
         means.append(transition(row.x, v, s, s_next, kind, 0.7)[0])
-    std_dev = {"flow_sde": 0.7 * (s / (1 - s)) ** 0.5, "dance_sde": 0.7, "cps": s_next * np.sin(0.7 * np.pi / 2)}[kind]
+    fresh = s_next * (1 - ((1 - s) * s_next / (s * (1 - s_next))) ** 2) ** 0.5
+    std_dev = {
+        "flow_sde": 0.7 * (s / (1 - s)) ** 0.5,
+        "dance_sde": 0.7,
+        "cps": s_next * np.sin(0.7 * np.pi / 2),
+        "ddim": 0.7 * fresh,
+        "dpm_sde": fresh,
+    }[kind]
     expected = (means[0] - means[1]).square().mean().item() / (2 * std_dev**2)
     assert loss.metrics["kl"].item() == pytest.approx(expected, rel=1e-4)
 
@@ -543,6 +552,57 @@ def test_a_merged_step_jumps_and_its_density_is_that_of_the_noise_it_took(model)
     found = objective(config, model, rows, conditions).metrics["ratio/mean"]
     assert (found - 1).abs().max() > 1e-4
     torch.testing.assert_close(found, log_ratio.exp(), atol=2e-6, rtol=0)
+
+
+def test_after_the_window_a_rollout_is_the_second_order_solvers(model):
+    """MixGRPO-Flash by hand: a noisy step, then DPM-Solver++ 2M over the points that are left, order 1 at its ends."""
+    layer = {"algorithm": "mix-grpo-flash", "exploration": {"rule": "window", "k": 1, "moves": "none"}}
+    config = family({**layer, "sampler": {"compress": 0.8}}, batch=1, steps=8)
+    explored = torch.zeros(3, 8, dtype=torch.bool)
+    explored[:, 1] = True
+    conditions, drawn, _ = branched(model, config, Plan(torch.tensor([1, 1, 1]), explored, alike(explored)))
+    sigmas, sampler = model.sigmas(8), config.sampler
+    path = [0, 1, 2, 3, 5, 6, 8]  # of the six steps after the window int(6 x .8), evenly: 2 + 6 i // 4
+    assert [*(drawn.courses.lands[0] > 0).nonzero().flatten().tolist(), 8] == path
+    x, clean, before = noise((4, 8, 8), 1, 0, 4, 0)[None], None, None
+    for at, to in itertools.pairwise(path):
+        with torch.no_grad():
+            v = model.predict(x, sigmas[at], conditions, torch.tensor([0]), 1.0)
+        s, s_next = sigmas[at].item(), sigmas[to].item()
+        if at < 2:
+            kind = sampler.kind if at == 1 else "ode"
+            x, std = transition(x, v, s, s_next, kind, sampler.eta, sigmas[1].item())
+            x = x + std * noise((4, 8, 8), 0, 0, 3, 4, 0, at + 1) if at == 1 else x
+        else:
+            x, clean = dpmpp_2m(x, v, s, s_next, clean, before)
+            before = s
+    assert np.abs(model.decode(x)[0].astype(int) - drawn.images[0]).max() <= 1
+    euler = branched(
+        model,
+        replace(config, sampler=replace(sampler, solver="euler")),
+        Plan(torch.tensor([1, 1, 1]), explored, alike(explored)),
+    )[1]
+    assert np.abs(euler.images[0].astype(int) - drawn.images[0]).max() > 3
+
+
+@pytest.mark.parametrize("kind", ["flow_sde", "ode"])
+def test_rows_weigh_what_the_plan_says_of_their_prompt_and_step(model, kind):
+    weight = torch.arange(1.0, 19.0, dtype=torch.float64).reshape(3, 6)
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    chosen = replace(plan(), weight=weight)
+    rows = collect(model, PROMPTS, conditions, chosen, settings(Sampler(steps=6, kind=kind)), 3).transitions
+    assert len(rows) == 2 * 2 + 5 * 3 + 3
+    assert rows.weight.tolist() == weight[rows.prompt, rows.step].tolist()
+
+
+def test_a_trunk_without_a_probe_starts_anew_at_each_visit(model):
+    config = family({"algorithm": "tempflow-grpo"})
+    chosen = Plan(torch.tensor([2, 2, 2]), torch.eye(6, dtype=torch.bool)[:3], torch.ones(3, 6, dtype=torch.float64))
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    first = [shared_trunk(model, PROMPTS, conditions, chosen, config, 0, v).latents[:, 0] for v in (0, 1, 0)]
+    assert torch.equal(first[0], first[2])
+    assert (first[0] - first[1]).abs().flatten(1).max(1).values.min() > 0.5
+    torch.testing.assert_close(first[1][1], noise((4, 8, 8), 1, 0, 9, 1))
 
 
 def test_after_the_window_few_second_order_steps_end_where_many_would(model):

@@ -155,6 +155,20 @@ def test_the_spread_of_reward_is_measured_step_by_step(model):
     assert spread[3] == 0
 
 
+def test_the_spread_is_measured_on_whole_trajectories_of_eulers(model):
+    """Whatever solver and however few steps rollouts take after the window: the same figures at the same cost."""
+    from aegpo.config import resolve
+
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    found = []
+    for name in ("mix-grpo", "mix-grpo-flash"):
+        config = resolve({"algorithm": name, "sampler": {"steps": 5}, "exploration": {"k": 2}})
+        before = model.forwards
+        spread = reward_spread(model, PROMPTS, conditions, rewards.load("world"), config, 0, 0)
+        found.append((spread.tolist(), model.forwards - before))
+    assert found[0] == found[1] and found[0][1] == 3 * 4 + 18 * (4 + 3 + 2 + 1)
+
+
 def test_what_is_measured_and_what_is_trained_have_different_noise(model):
     conditions = model.encode([prompt.text for prompt in PROMPTS])
     explored = torch.eye(6, dtype=torch.bool)[[0, 2, 4]]

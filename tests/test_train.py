@@ -513,6 +513,29 @@ def test_rows_without_advantage_cost_no_forward_and_change_no_gradient(rows):
     torch.testing.assert_close(kept, all_rows, atol=1e-7, rtol=1e-4)
 
 
+def test_a_group_seen_together_keeps_those_of_no_advantage(rows):
+    """DGPO divides by all of a group, so one of its rollouts with an advantage of exactly 0 still counts."""
+    conditions, full = rows
+    unit = torch.arange(12) // 3
+    advantage = torch.tensor([1.0, -1, 0, 0.5, 0, -0.5, 0, 0, 0, 2, -1, -1])
+    full = replace(full, unit=unit, advantage=advantage, until=torch.full((12,), 10))
+    settings = resolve({"algorithm": "dgpo", "optimizer": {"updates": 1, "max_grad_norm": 1e9, "micro_batch": 4}})
+    found = []
+    for whole in (False, True):
+        model = models.load(settings.model)
+        with torch.no_grad():
+            for i, parameter in enumerate(model.trainable.values()):
+                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+        if whole:
+            (objective(settings, model, full, conditions).rows.sum() / 12).backward()
+        else:
+            optimizer = torch.optim.SGD(model.trainable.values(), lr=0.0)
+            assert update(settings, model, optimizer, full, conditions, 0, Quiet())["rows"] == 9
+        found.append(torch.cat([p.grad.flatten() for p in model.trainable.values() if p.grad is not None]))
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+    assert found[0].abs().max() > 1e-4
+
+
 def test_a_step_in_which_no_group_differs_changes_nothing(rows):
     conditions, full = rows
     settings = resolve({})
@@ -595,6 +618,39 @@ def test_advantages_are_the_settings_own(tmp_path, how, loss):
     sizes = {"steps": 1, "allocation": {"rule": "uniform"}, "optimizer": {"updates": 1, "micro_batch": 8}}
     build.run(config(tmp_path, **sizes, reward=f"{tmp_path}/one.py:score", advantage={"clip": 0.5} | how))
     assert metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(loss, abs=1e-5)
+
+
+@pytest.mark.parametrize("best_of", [0, 3])
+def test_every_row_has_the_advantage_of_its_own_rollout(tmp_path, monkeypatch, best_of):
+    """Scores by place, groups of unequal size; what `update` is given is each row's own, by the settings' formula."""
+    scores = np.random.default_rng(5).normal(size=10).astype(np.float32)
+    given = []
+
+    def watched(config, model, optimizer, rows, *others):
+        given.append(rows)
+        return update(config, model, optimizer, rows, *others)
+
+    monkeypatch.setattr(train, "update", watched)
+    how = {"std": "group", "ddof": 1, "eps": 0.01, "best_of": best_of}
+    own = config(tmp_path, steps=1, algorithm="flow-grpo", advantage=how, eval_every=0)
+    model = models.load(own.model)
+    prompts = [Prompt(i, text, {}) for i, text in enumerate(("a red circle", "two squares"))]
+    (tmp_path / "run").mkdir()
+
+    def score(images, prompts, metadata):
+        return Judgement(scores[: len(images)])
+
+    train.train(own, model, prompts, prompts, score, tmp_path / "run", Quiet())
+    expected, kept = {}, set()
+    for group in (range(5), range(5, 10)):
+        mine = scores[list(group)].astype(float)
+        expected |= dict(zip(group, (mine - mine.mean()) / (mine.std(ddof=1) + 0.01), strict=True))
+        ranked = sorted(group, key=lambda i: -scores[i])
+        kept |= {*ranked[:2], ranked[-1]} if best_of else set(group)
+    rows = given[0]
+    assert sorted(rows.rollout.tolist()) == sorted(i for i in kept for _ in range(3))
+    for i, advantage in zip(rows.rollout.tolist(), rows.advantage.tolist(), strict=True):
+        assert advantage == pytest.approx(expected[i], rel=1e-5)
 
 
 def test_the_learning_rate_falls_step_by_step_and_would_be_zero_after_the_last():

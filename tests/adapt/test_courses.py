@@ -90,6 +90,11 @@ def test_a_merged_step_is_the_shortest_with_enough_entropy():
     assert made.children[0].tolist() == [-1, -1, 0, -1, -1, -1, 0, -1, -1, -1]
 
 
+def test_a_step_that_no_merging_makes_noisy_enough_ends_before_the_image():
+    made = ways([at(6, 1)], [2], {"exploration": {"merge": 9.0}})
+    assert made.lands[0].tolist() == [1, 5, 0, 0, 0, 6]
+
+
 @pytest.mark.parametrize("start", range(6))
 @pytest.mark.parametrize("compress", [0.1, 0.4, 0.5, 1.0])
 def test_wherever_the_window_is_fewer_steps_after_it_still_land_on_zero(start, compress):
@@ -117,6 +122,28 @@ def test_a_share_of_the_steps_is_trained_another_for_each_rollout_and_each_time(
     assert (made.trained.sum(0)[:9] > 0).all()
     again, later = (ways([at(10, *range(9))], [40], {"exploration": {"share": 0.6}}, step) for step in (0, 1))
     assert torch.equal(made.trained, again.trained) and not torch.equal(made.trained, later.trained)
+
+
+def test_the_share_is_a_rollouts_own_in_any_company():
+    layer = {"exploration": {"share": 0.6}}
+    table = [at(10, *range(9))] * 3
+    everyone, alone = ways(table, [4, 5, 6], layer), ways(table[:1], [4], layer)
+    assert torch.equal(everyone.trained[:4], alone.trained)
+    assert not torch.equal(everyone.trained[4:8], alone.trained)  # another prompt
+    assert not torch.equal(ways(table[:1], [4], layer | {"seed": 1}).trained, alone.trained)
+
+
+def test_a_tree_keeps_its_noise_to_the_steps_that_may_explore():
+    made = ways([at(8, 2, 4)], [4], {**TREE, "exploration": {"branch": "tree", "k": 1, "start": 2, "until": -1}})
+    assert made.noisy[0].nonzero().flatten().tolist() == [2, 3, 4, 5]
+    assert [len(made.node[:, t].unique()) for t in range(9)] == [1, 1, 1, 2, 2, 4, 4, 4, 4]
+    assert made.leaves.tolist() == [2] * 4
+
+
+def test_the_steps_left_out_are_of_those_that_may_explore():
+    layer = {"exploration": {"skip": 2, "start": 2}}
+    trained = [ways([at(6, 2, 3, 4)], [2], layer, step).trained[0] for step in range(3)]
+    assert [row.nonzero().flatten().tolist() for row in trained] == [[4], [2], [4]]
 
 
 def test_the_steps_left_out_slide_by_one_and_spare_none_for_ever():

@@ -195,3 +195,49 @@ def test_what_is_only_rounding_moves_nobody():
         assert plan({"allocation": {"rule": rule}}, entropy, base).rollouts.tolist() == [12] * 4
     entropy[3] += 1e-4
     assert plan({"allocation": {"rule": "proportional"}}, entropy, base).rollouts.tolist() == [2, 2, 2, 42]
+
+
+# ---------------------------------------------------------------- windows that move, and levels that are drawn
+
+
+def first_steps(layer, training_steps):
+    return [steps(plan({"allocation": {"rule": "uniform"}} | layer, step=i))[0] for i in training_steps]
+
+
+def test_the_fast_window_begins_at_each_of_its_three_places():
+    chosen = first_steps({"algorithm": "flow-grpo-fast"}, range(60))
+    assert {tuple(one) for one in chosen} == {(0, 1, 2), (1, 2, 3), (2, 3, 4)}
+
+
+def test_mixgrpos_window_moves_on_and_begins_again():
+    layer = {"algorithm": "mix-grpo", "exploration": {"moves_every": 2}}
+    chosen = first_steps(layer, range(14))
+    assert [one[0] for one in chosen] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 0, 0]
+    assert all(one == list(range(one[0], one[0] + 4)) for one in chosen)
+    layer = {"algorithm": "mix-grpo", "exploration": {"moves_every": 1, "start": 3, "until": -1, "k": 3}}
+    assert [one[0] for one in first_steps(layer, range(5))] == [3, 4, 5, 3, 4]
+
+
+def test_a_curve_is_the_distribution_that_noise_levels_are_drawn_from():
+    """Changes of either sign: each level is as frequent as its size above the least says, and weighs the inverse."""
+    change = torch.tensor([0.0, -0.4, 0.1, 0.1, 0.2, 0.0, 0.1, 0.0, 0.1, 7.0], dtype=torch.float64)
+    base = torch.ones(4, 10, dtype=torch.float64)
+    layer = {"algorithm": "awm", "exploration": {"rule": "delta_entropy_peaks", "k": 2, "start": 1, "until": 7}}
+    probability = 2 * (0.8 * change[1:7].abs() / 0.9 + 0.2 / 6)
+    counts = torch.zeros(10)
+    for step in range(300):
+        made = plan(layer, base + change, base, step=step)
+        counts += made.explored.sum(0)
+        assert made.explored.sum(1).tolist() == [2] * 4
+        torch.testing.assert_close(made.weight[0, 1:7], 2 / (6 * probability), rtol=1e-9, atol=0)
+    assert counts[[0, 7, 8, 9]].sum() == 0
+    frequency = counts[1:7] / 1200
+    error = (probability * (1 - probability) / 1200).sqrt()
+    assert ((frequency - probability).abs() <= 4 * error + 1e-9).all()
+    unweighed = plan(layer | {"exploration": layer["exploration"] | {"importance": False}}, base + change, base)
+    assert unweighed.weight.unique().tolist() == [1.0]
+
+
+def test_without_noise_on_the_way_its_noise_is_that_of_bringing_an_image_back():
+    noise = policy_noise(resolve({"algorithm": "awm"}), SIGMAS)
+    assert noise.tolist() == [*SIGMAS[:9].tolist(), 0.0]

@@ -227,6 +227,15 @@ def test_gradient_of_nft_at_the_old_policy_is_that_of_matching_times_a_closed_fo
     assert pull.sign().tolist() == n.advantage.sign().where(n.advantage != 0, pull.sign()).tolist()
 
 
+@pytest.mark.parametrize(("off", "expected"), [(1e-3, 1e-3), (1e-5, 1e-5), (1e-6, 1e-7)])
+def test_nft_divides_by_no_less_than_its_floor(off, expected):
+    """An error of so much at t = 1 is squared and divided by itself, or by 1e-5 where it is smaller."""
+    v, zero = doubles(off)[:, None], doubles(0.0)[:, None]
+    out = nft(v, v, None, zero, zero, doubles(1.0), doubles(5.0), 1.0, kl=0)
+    assert out.metrics["positive"].item() == pytest.approx(expected, rel=1e-9)
+    assert out.metrics["negative"].item() == pytest.approx(expected, rel=1e-9)
+
+
 def test_nft_is_finite_where_the_image_is_met_exactly():
     n = Noised
     got = slope(lambda v: nft(v, n.truth, n.v_ref, n.x_t, n.x0, n.t, n.advantage, 0.1).rows, n.truth)
