@@ -52,9 +52,7 @@ EXPLAINED: dict[str, tuple[str, dict[str, Any]]] = {
         {"exploration": {"rule": "window", "k": 4}, "sampler": {"eta": 0.9}},
     ),
     "ddpo as it is": ("ddpo", {}),
-    "ddpo, eta .5": ("ddpo", {"sampler": {"eta": 0.5}}),
-    "ddpo, noise in the first 4 steps": ("ddpo", {"exploration": {"rule": "window", "k": 4}}),
-    "ddpo, the same, eta .5": ("ddpo", {"exploration": {"rule": "window", "k": 4}, "sampler": {"eta": 0.5}}),
+    "ddpo, the last but one step too": ("ddpo", {"exploration": {"until": 0}}),
 }
 
 
