@@ -51,6 +51,10 @@ EXPLAINED: dict[str, tuple[str, dict[str, Any]]] = {
         "dance-grpo",
         {"exploration": {"rule": "window", "k": 4}, "sampler": {"eta": 0.9}},
     ),
+    "dance-grpo, the same, eta 2": (
+        "dance-grpo",
+        {"exploration": {"rule": "window", "k": 4}, "sampler": {"eta": 2.0}},
+    ),
     "ddpo as it is": ("ddpo", {}),
     "ddpo, the last but one step too": ("ddpo", {"exploration": {"until": 0}}),
 }
