@@ -113,6 +113,7 @@ def test_every_setting_of_exploration_reaches_the_choice():
     assert chosen(min_distance=4)[0] == [2, 8]
     assert chosen(per="batch") == [[2, 3]] * 4
     assert chosen(per="batch", k=3) == [[1, 2, 3]] * 4
+    assert chosen(until=3)[0] == [1, 2] and chosen(start=3, until=-3)[0] == [3, 5]
 
 
 def test_policy_noise_is_the_samplers_standard_deviation():
