@@ -718,6 +718,8 @@ def test_a_resume_never_makes_the_record_untrue(tmp_path):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for changes, said in (
         ({"seed": 3}, "seed: the run in .* has seed 0, not 3; start another --output-dir"),
+        ({"algorithm": "flow-grpo"}, "algorithm: the run in .* has algorithm aegpo, not flow-grpo; start another"),
+        ({"sampler": {"steps": 5}}, "sampler.steps: the run in .* has sampler.steps 4, not 5; start another"),
         ({"steps": 1}, "steps: .*checkpoint-2 is past step 1; ask for at least 2"),
     ):
         with pytest.raises(ValueError, match=said):

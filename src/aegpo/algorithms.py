@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 PAPERS = {
+    "2211.01095": "{DPM-Solver++}: Fast Solver for Guided Sampling of Diffusion Probabilistic Models",
     "2305.13301": "Training Diffusion Models with Reinforcement Learning",
     "2311.12908": "Diffusion Model Alignment Using Direct Preference Optimization",
     "2505.05470": "{Flow-GRPO}: Training Flow Matching Models via Online {RL}",
     "2505.07818": "{DanceGRPO}: Unleashing {GRPO} on Visual Generation",
     "2507.21802": "{MixGRPO}: Unlocking Flow-based {GRPO} Efficiency with Mixed {ODE-SDE}",
     "2508.04324": "{TempFlow-GRPO}: When Timing Matters for {GRPO} in Flow Models",
+    "2509.05952": "Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching",
     "2509.06040": "{BranchGRPO}: Stable and Efficient {GRPO} with Structured Branching in Diffusion Models",
     "2509.16117": "{DiffusionNFT}: Online Diffusion Reinforcement with Forward Process",
     "2509.25050": "Advantage Weighted Matching: Aligning {RL} with Pretraining in Diffusion Models",

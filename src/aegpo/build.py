@@ -328,8 +328,15 @@ def _resume_point(folder: Path, resume: str) -> Path:
 def _refuse_another_course(start: Path, config: Config) -> None:
     """A resumed run may change its settings, but not what its record says of the steps that are done."""
     folder, done = start.parent, checkpoint.step_of(start)
-    if (seed := _config(folder).seed) != config.seed:
-        raise ValueError(f"seed: the run in {folder} has seed {seed}, not {config.seed}; start another --output-dir")
+    before = _config(folder)
+    kept = {
+        "seed": (before.seed, config.seed),
+        "algorithm": (before.algorithm, config.algorithm),
+        "sampler.steps": (before.sampler.steps, config.sampler.steps),
+    }
+    for name, (was, now) in kept.items():
+        if was != now:
+            raise ValueError(f"{name}: the run in {folder} has {name} {was}, not {now}; start another --output-dir")
     if config.steps < done:
         raise ValueError(f"steps: {start} is past step {config.steps}; ask for at least {done}")
     read_metrics(folder)  # a damaged line is said while nothing has been written

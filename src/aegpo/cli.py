@@ -346,8 +346,11 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
         "each": 1,
         "tree": len(explorable(config)),
     }[how.branch]
-    explored = max(1, int(explored * how.share))
-    rows, updates, most = rollouts * explored, config.optimizer.updates, config.optimizer.micro_batch
+    explored = max(1, min(int(explored * how.share), len(explorable(config)) - how.skip))
+    learned = min(rollouts, prompts * config.advantage.best_of) if config.advantage.best_of else rollouts
+    largest = config.allocation.high if config.allocation.rule == "median_split" else math.ceil(rollouts / prompts)
+    rows, updates, most = learned * explored, config.optimizer.updates, config.optimizer.micro_batch
+    most = max(most, largest) if config.loss.kind == "dgpo" else most  # a group at a noise level is never split
     share, longer = divmod(rows, updates)  # rows of an update; so many updates get one row more
     batches = (updates - longer) * math.ceil(share / most) + longer * math.ceil((share + 1) / most)
     probed, matching = needs_probe(config), config.sampler.kind == "ode"
@@ -370,12 +373,20 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     spread = twice * measured * few * (SPREAD_ROLLOUTS * steps * (steps - 1) // 2 + (steps - 1) * (not probed))
     base = probe * probed
     from_trunk = f" - {branching} x {saved // branching} of a trunk" if saved else ""
+    told_apart = config.allocation.rule != "median_split" or rollouts not in (
+        prompts * config.allocation.low,
+        prompts * config.allocation.high,
+    )
     fewer = (branching > 0 and not matching) or how.branch == "tree" or config.sampler.compress < 1
     bound = ", at most" * fewer
     return [
-        ("rollouts", f"of {prompts} prompts", rollouts),
+        (
+            "rollouts",
+            f"of {prompts} prompts" + ", all alike: so many leave median_split no choice" * (not told_apart),
+            rollouts,
+        ),
         ("trained steps", f"of each rollout: {how.rule}, at most", explored),
-        ("rows", f"{rollouts} rollouts x {explored} trained steps", rows),
+        ("rows", f"{learned} rollouts x {explored} trained steps", rows),
         ("optimizer updates", "", updates),
         ("micro-batches", f"of at most {most} rows", batches),
         ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{from_trunk}{guided}{bound}", sampling),

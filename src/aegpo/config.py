@@ -28,7 +28,7 @@ def _no_switch(value: Any) -> Any:
 Count = Annotated[int, Field(ge=1, strict=True)]
 Size = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
-Pair = Annotated[int, Field(ge=2, strict=True)]
+Pair = Annotated[int, Field(ge=2, le=10**6, strict=True)]
 Number = Annotated[float, BeforeValidator(_no_switch)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 AtLeastOne = Annotated[Number, Field(ge=1, allow_inf_nan=False)]
@@ -258,7 +258,8 @@ class Optimizer:
     updates: Count = 1
     """Optimizer steps in a training step; the rows are dealt evenly among them."""
     micro_batch: Count = 48
-    """Rows (and rollouts) in one forward."""
+    """Rows (and rollouts) in one forward; `loss.kind: dgpo` keeps a prompt's whole group at a noise level together,
+    even where that is more."""
     ema: Fraction = 0.0
     """Decay of the averaged weights that are evaluated and saved; 0: no averaging."""
     ema_every: Count = 8
@@ -279,7 +280,9 @@ class Config:
     reward: str = "world"
     """`world`, or a function of your own: `my_reward.py:score` or `my_package.module:score`."""
     algorithm: str = "aegpo"
-    """The named variant (see `aegpo.algorithms`); its choices lie under what is set beside it, over all else."""
+    """The named variant: flow-grpo, flow-grpo-fast, dance-grpo, mix-grpo, mix-grpo-flash, branch-grpo, tempflow-grpo,
+    grpo-guard, flow-dppo, e-grpo, diffusion-nft, awm, ram, dgpo, online-dpo, ddpo, aegpo or aegpo-paper
+    (docs/algorithms.md); its choices lie under what is set beside it, over all else."""
     sampler: Sampler = Sampler()
     probe: Probe = Probe()
     allocation: Allocation = Allocation()

@@ -227,7 +227,10 @@ def update(
             display.advance(len(micro))
         norm = nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm)
         if not norm.isfinite():
-            raise FloatingPointError(f"the gradient of step {step + 1} is not finite; lower optimizer.lr and resume")
+            lower = optimizer.param_groups[0]["lr"] / 10
+            raise FloatingPointError(
+                f"the gradient of step {step + 1} is not finite; resume with a lower rate, say --optimizer.lr {lower:g}"
+            )
         grad_norms.append(norm.item())
         optimizer.step()
     means = {name: None if total is None else total / len(rows) for name, total in totals.items()}

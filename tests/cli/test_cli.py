@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from aegpo.algorithms import ALGORITHMS
 from aegpo.cli import RECIPES, main
 from aegpo.config import Config, dump_yaml, load_yaml, resolve, settings
 
@@ -429,6 +430,9 @@ SHARED = {  # every rollout begins on a trunk of one step at least; the spread i
     "exploration": {"rule": "reward_spread", "k": 2},
     "loss": {"kl": 0},
 }
+PAIRS = {"algorithm": "online-dpo", "steps": 1}  # two of each group are trained
+PRUNED = {"algorithm": "branch-grpo", "steps": 1, "advantage": {"best_of": 4}, "exploration": {"skip": 3}}
+GROUPED = {"algorithm": "dgpo", "steps": 1, "optimizer": {"micro_batch": 4}}  # but twelve rows stay together
 ROWS = ("rollouts", "trained steps", "rows", "optimizer updates", "micro-batches")
 COSTS = ("sampling evaluations", "trunk evaluations", "training evaluations", "evaluations a step")
 BESIDES = ("base probe", "spread of reward", "evaluations in all", "base probes in all")
@@ -443,8 +447,11 @@ BESIDES = ("base probe", "spread of reward", "evaluations in all", "base probes 
         (MATCHED, (96, 2, 192, 2, 4), (960 - 80, 80, 960, 1920), (80, 0, 5_760, 240)),
         (SPLIT, (96, 4, 384, 2, 8), (960 - 18, 80, 1536, 2558), (80, 0, 2_558, 80)),
         (SHARED, (96, 2, 192, 2, 4), (960 - 96, 8, 576, 1448), (0, 3 * 4 * (6 * 45 + 9), 36_200 + 3_348, 0)),
+        (PAIRS, (96, 4, 64, 2, 2), (960, 0, 256, 1216), (0, 0, 1_216, 0)),
+        (PRUNED, (96, 6, 192, 2, 4), (960 - 96, 8, 576, 1448), (0, 0, 1_448, 0)),
+        (GROUPED, (96, 4, 384, 2, 32), (960, 0, 1536, 2496), (0, 0, 2_496, 0)),
     ],
-    ids=["guided", "plain", "probed", "matched", "split", "shared"],
+    ids=["guided", "plain", "probed", "matched", "split", "shared", "pairs", "pruned", "grouped"],
 )
 def test_the_dry_run_counts_what_a_step_costs(
     recipe: dict[str, Any],
@@ -462,6 +469,12 @@ def test_the_dry_run_counts_what_a_step_costs(
     }
     expected = (*rows, *costs, *besides)
     assert numbers == dict(zip((*ROWS, *COSTS, *BESIDES), expected, strict=True))
+
+
+@pytest.mark.parametrize(("rollouts", "said"), [(64, True), (65, False), (127, False), (128, True)])
+def test_the_dry_run_says_when_a_split_is_none(folder: Path, capsys, rollouts: int, said: bool):
+    assert main(["train", "--algorithm", "aegpo", "--rollouts-per-step", str(rollouts), "--dry-run"]) == 0
+    assert ("all alike: so many leave median_split no choice" in capsys.readouterr().out) == said
 
 
 def test_what_the_dry_run_prints_is_a_recipe_of_the_same_run(folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -489,6 +502,7 @@ def test_the_help_of_train_lists_every_setting_with_its_default(capsys: pytest.C
         assert f"(default: {shown})" in entries[name]
     assert {name for name in entries if "." in name} <= set(settings())  # and no option that the command line refuses
     assert "Classifier-free guidance" in entries["sampler.guidance"]
+    assert set(ALGORITHMS) <= set(re.findall(r"[a-z-]+", entries["algorithm"]))
     assert {"dry-run", "resume", "overwrite"} <= set(entries)
 
 

@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from aegpo.config import dump_yaml, resolve
 from aegpo.report import save_grid, write_model_card, write_report
 from aegpo.report.html import duration
 from aegpo.report.plots import chunked, moving_average
@@ -25,6 +26,7 @@ CONFIG = {
     "model": {"path": "world", "train": "lora"},
     "algorithm": "aegpo",
     "sampler": {"steps": 4, "kind": "flow_sde", "guidance": 1.0},
+    "allocation": {"rule": "uniform"},
     "exploration": {"rule": "window"},
     "steps": 6,
     "seed": 3,
@@ -442,8 +444,30 @@ def test_a_run_of_matching_says_so_and_names_its_paper(run: Path) -> None:
     report, card = write_report(run).read_text("utf-8"), write_model_card(run).read_text("utf-8")
     assert exploring not in report
     assert "https://arxiv.org/abs/2509.25050" in report
-    assert "(`aegpo`, transitions `ode`, explored steps `window`)" in card
+    assert "(`aegpo`, transitions `ode`, allocation `uniform`, explored steps `window`)" in card
     assert "eprint        = {2509.25050}" in card and card.endswith("}\n```\n")
+    assert "2505.05470" not in card
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "papers"),
+    [
+        ("flow-grpo", ["2602.06825", "2505.05470"]),
+        ("flow-grpo-fast", ["2602.06825", "2505.05470", "2509.05952"]),
+        ("branch-grpo", ["2602.06825", "2509.06040", "2505.07818"]),
+        ("mix-grpo-flash", ["2602.06825", "2507.21802", "2505.05470", "2211.01095"]),
+        ("dgpo", ["2602.06825", "2510.08425"]),
+        ("awm", ["2602.06825", "2509.25050"]),
+        ("ddpo", ["2602.06825", "2305.13301"]),
+    ],
+)
+def test_a_card_cites_what_the_run_stands_on_and_nothing_else(run: Path, algorithm: str, papers: list[str]) -> None:
+    choices = yaml.safe_load(dump_yaml(resolve({"algorithm": algorithm})))
+    (run / "config.yaml").write_text(yaml.safe_dump(choices), "utf-8")
+    cited = re.findall(r"eprint        = \{([0-9.]+)\}", write_model_card(run).read_text("utf-8"))
+    assert cited == papers
+    for paper in papers:
+        assert f"https://arxiv.org/abs/{paper}" in write_report(run).read_text("utf-8")
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

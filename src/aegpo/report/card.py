@@ -58,8 +58,11 @@ def _front_matter(record: RunRecord) -> dict[str, Any]:
 
 def _summary(record: RunRecord) -> str:
     kind = "LoRA adapter for" if _is_lora(record) else "Full fine-tuning of"
-    names = (f"`{record.setting(name)}`" for name in ("algorithm", "sampler.kind", "exploration.rule"))
-    method = "aligned by online reinforcement learning ({}, transitions {}, explored steps {})".format(*names)
+    said = ("algorithm", "sampler.kind", "allocation.rule", "exploration.rule")
+    names = (f"`{record.setting(name)}`" for name in said)
+    method = "aligned by online reinforcement learning ({}, transitions {}, allocation {}, explored steps {})".format(
+        *names
+    )
     sentence = f"{kind} {_base_in_words(_base(record))}, {method}"
     if not record.training:
         return f"{sentence}."

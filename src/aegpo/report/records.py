@@ -47,12 +47,21 @@ class RunRecord:
 
     @property
     def papers(self) -> list[str]:
-        """The arXiv ids of what it stands on: AEGPO, Flow-GRPO, its algorithm, and matching where it learned so."""
-        ids = [ALGORITHMS["aegpo"].paper, ALGORITHMS["flow-grpo"].paper]
+        """The arXiv ids of what it stands on: AEGPO, its algorithm, its sampler's and its solver's."""
+        ids = [ALGORITHMS["aegpo"].paper]
         if self.setting("algorithm") in ALGORITHMS:
             ids.append(ALGORITHMS[self.setting("algorithm")].paper)
-        if self.is_matching and self.setting("loss.kind") == "clip":
-            ids.append(ALGORITHMS["awm"].paper)
+        match self.setting("sampler.kind"):
+            case "flow_sde":
+                ids.append(ALGORITHMS["flow-grpo"].paper)
+            case "dance_sde":
+                ids.append(ALGORITHMS["dance-grpo"].paper)
+            case "cps":
+                ids.append("2509.05952")
+            case "ode" if self.setting("loss.kind") == "clip":
+                ids.append(ALGORITHMS["awm"].paper)
+        if self.setting("sampler.solver") == "dpm2m":
+            ids.append("2211.01095")
         return list(dict.fromkeys(ids))
 
     @property
