@@ -365,6 +365,16 @@ def test_a_reward_that_fails_midway_loses_no_step(tmp_path, capsys):
     assert [line["step"] for line in metrics(run)] == [0, 1, 2, 3]
 
 
+def test_a_run_that_could_learn_nothing_says_so(tmp_path, capsys):
+    (tmp_path / "same.py").write_text("def score(images, prompts):\n    return [0.5] * len(images)\n")
+    said = "nothing was learned: in no step did any prompt's rewards differ"
+    build.run(config(tmp_path, steps=2, reward=f"{tmp_path}/same.py:score"))
+    assert said in capsys.readouterr().out
+    build.run(config(tmp_path, "other", steps=1, reward=brightness(tmp_path)))
+    build.run(config(tmp_path, "none", steps=0))
+    assert said not in capsys.readouterr().out
+
+
 def test_eval_tries_the_reward_first(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3))\n")
     build.run(config(tmp_path, steps=0, reward=f"{tmp_path}/mine.py:score"))

@@ -96,6 +96,10 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
     write_model_card(folder)
     report = write_report(folder)
     console.print(_before_after(folder))
+    trained = [row for row in read_metrics(folder) if "rows" in row]
+    if trained and not any(row["rows"] for row in trained):
+        warning = "nothing was learned: in no step did any prompt's rewards differ; look at reward and sampler"
+        console.print(warning, highlight=False, soft_wrap=True)
     console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
     return report
 
