@@ -76,6 +76,20 @@ def test_it_trains_begins_at_ratio_one_and_costs_no_more_than_the_dry_run_says(s
     assert re.search(ALGORITHMS[algorithm].paper, Path(own.output_dir, "README.md").read_text())
 
 
+RATIOS = [
+    name for name, algorithm in ALGORITHMS.items() if algorithm.choices["loss"]["kind"] in ("clip", "guard", "dppo")
+]
+
+
+@pytest.mark.parametrize("algorithm", RATIOS)
+def test_its_first_ratio_is_exactly_one_in_the_same_batch_shape(small, algorithm):
+    one = {"micro_batch": 1, "updates": 1}
+    own = small(algorithm, steps=1, rollouts_per_step=8, allocation={"low": 3, "high": 5}, optimizer=one)
+    build.run(own)
+    step = metrics(own)[1]
+    assert step["rows"] > 0 and step["ratio/first_error"] == 0 and step["ratio/mean"] == 1
+
+
 @pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if not name.startswith("aegpo")])
 @pytest.mark.parametrize("rule", ["entropy_peaks", "reward_spread"])
 def test_aegpos_levers_work_on_it(small, algorithm, rule):
