@@ -4,6 +4,26 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
 
+import pytest
 import torch
 
+from aegpo import models
+from aegpo.config import Model
+
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The embedded model with an untrained adapter: the base policy."""
+    return models.load(Model())
+
+
+@pytest.fixture(scope="module")
+def moved_policy():
+    """The same after its adapter has moved, so that it is another policy than its base."""
+    model = models.load(Model())
+    with torch.no_grad():
+        for i, parameter in enumerate(model.trainable.values()):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    return model

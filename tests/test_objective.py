@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from aegpo import models
-from aegpo.config import Advantage, Config, Loss, Model, Sampler, resolve
+from aegpo.config import Advantage, Config, Loss, Sampler, resolve
 from aegpo.math.transitions import transition
 from aegpo.objective import objective
 from aegpo.train import deal
@@ -21,13 +20,9 @@ def normal(seed):
 
 
 @pytest.fixture(scope="module")
-def policy():
+def policy(moved_policy):
     """A policy that has moved from its base, and its encoded prompts."""
-    model = models.load(Model())
-    with torch.no_grad():
-        for i, parameter in enumerate(model.trainable.values()):
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-    return model, model.encode(["a ring", "a red cross"])
+    return moved_policy, moved_policy.encode(["a ring", "a red cross"])
 
 
 def make_rows(model, conditions, sampler):

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from aegpo import models
 from aegpo.adapt.courses import lay_out
 from aegpo.adapt.memory import Memory
-from aegpo.config import Config, Loss, Model, Optimizer, Sampler, resolve
+from aegpo.config import Config, Loss, Optimizer, Sampler, resolve
 from aegpo.math.solvers import dpmpp_2m
 from aegpo.math.transitions import transition
 from aegpo.objective import objective
@@ -27,19 +26,6 @@ AWM = Sampler(steps=6, kind="ode")
 
 def settings(sampler=SAMPLER, batch=10, images=2):
     return Config(sampler=sampler, optimizer=Optimizer(micro_batch=batch), eval_images=images)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.load(Model())
-
-
-def a_policy_that_moved():
-    model = models.load(Model())
-    with torch.no_grad():
-        for i, parameter in enumerate(model.trainable.values()):
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-    return model
 
 
 def plan(rollouts=(2, 5, 3)):
@@ -152,12 +138,12 @@ def test_matching_brings_finished_images_back_to_the_explored_noise_levels(model
         torch.testing.assert_close(rows.x[row], (1 - sigmas[t]) * clean[i] + sigmas[t] * e, atol=1e-4, rtol=1e-4)
 
 
-def test_matching_is_pretrainings_loss_weighed_by_advantages_and_held_by_the_velocity():
+def test_matching_is_pretrainings_loss_weighed_by_advantages_and_held_by_the_velocity(moved_policy):
     """The gradient is that of `A |v - (e - x0)|^2 + kl |v - v_base|^2`, and of RAM's regression (arXiv 2605.10759).
 
     RAM regresses onto `v_base + w A ((e - x0) - v)`, held fixed, with w = 1 / kl; kl times its gradient is the same.
     """
-    model = a_policy_that_moved()
+    model = moved_policy
     conditions, drawn = rollouts(model, batch=10, sampler=AWM)
     rows, kl = with_advantages(drawn, torch.linspace(-1, 2, 10)), 0.3
     config = Config(sampler=AWM, loss=Loss(kl=kl))
@@ -255,8 +241,8 @@ def test_the_surrogate_is_clipped_at_its_own_two_ends_and_says_so(model):
         torch.testing.assert_close(loss.metrics["approx_kl"], ratio.log().square() / 2, rtol=1e-3, atol=0)
 
 
-def test_the_pull_to_the_base_is_flow_grpos_and_has_a_gradient():
-    model = a_policy_that_moved()
+def test_the_pull_to_the_base_is_flow_grpos_and_has_a_gradient(moved_policy):
+    model = moved_policy
     conditions, drawn = rollouts(model, batch=10)
     rows, sigmas = drawn.transitions, model.sigmas(6)
     config = Config(sampler=SAMPLER, loss=Loss(kl=0.5))
@@ -282,9 +268,9 @@ def test_the_pull_to_the_base_is_flow_grpos_and_has_a_gradient():
 
 
 @pytest.mark.parametrize("kind", ["flow_sde", "dance_sde", "cps", "ddim", "dpm_sde"])
-def test_the_weight_of_the_pull_follows_the_samplers_own_noise(kind):
+def test_the_weight_of_the_pull_follows_the_samplers_own_noise(kind, moved_policy):
     """Flow-GRPO divides by 2 std_dev^2: g without sqrt(h) for an SDE, the whole noise for the others."""
-    model = a_policy_that_moved()
+    model = moved_policy
     sampler = Sampler(steps=6, kind=kind)
     conditions, drawn = rollouts(model, batch=10, sampler=sampler)
     row = drawn.transitions[(drawn.transitions.step == 2).nonzero().flatten()[:1]]

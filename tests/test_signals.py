@@ -9,7 +9,7 @@ import torch
 from aegpo import models, rewards, world
 from aegpo.adapt import memory as memories
 from aegpo.adapt.memory import Memory
-from aegpo.config import Config, Model, Optimizer, Probe, Sampler
+from aegpo.config import Config, Model, Optimizer, Probe, Sampler, resolve
 from aegpo.models.probe import AttentionProbe
 from aegpo.rollout import SPREAD, collect, noise, shared_trunk
 from aegpo.signals import entropy_curves, probe, reward_spread
@@ -23,21 +23,8 @@ def settings(sampler=SAMPLER, batch=10):
     return Config(sampler=sampler, optimizer=Optimizer(micro_batch=batch))
 
 
-@pytest.fixture(scope="module")
-def model():
-    return models.load(Model())
-
-
-def a_policy_that_moved():
-    model = models.load(Model())
-    with torch.no_grad():
-        for i, parameter in enumerate(model.trainable.values()):
-            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-    return model
-
-
-def test_the_probe_reads_what_a_plain_run_of_the_same_trajectory_shows():
-    model = a_policy_that_moved()
+def test_the_probe_reads_what_a_plain_run_of_the_same_trajectory_shows(moved_policy):
+    model = moved_policy
     conditions = model.encode([prompt.text for prompt in PROMPTS])
     memory = Memory()
     signals, _ = probe(model, PROMPTS, conditions, settings(batch=2), 0, memory)
@@ -157,8 +144,6 @@ def test_the_spread_of_reward_is_measured_step_by_step(model):
 
 def test_the_spread_is_measured_on_whole_trajectories_of_eulers(model):
     """Whatever solver and however few steps rollouts take after the window: the same figures at the same cost."""
-    from aegpo.config import resolve
-
     conditions = model.encode([prompt.text for prompt in PROMPTS])
     found = []
     for name in ("mix-grpo", "mix-grpo-flash"):

@@ -340,13 +340,9 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     )
 
     prompts, rollouts, steps = config.prompts_per_step, config.rollouts_per_step, config.sampler.steps
-    how = config.exploration
-    explored = {
-        "none": len(explorable(config)) if how.rule == "all" else how.k,
-        "each": 1,
-        "tree": len(explorable(config)),
-    }[how.branch]
-    explored = max(1, min(int(explored * how.share), len(explorable(config)) - how.skip))
+    how, room = config.exploration, len(explorable(config))
+    explored = {"none": room if how.rule == "all" else how.k, "each": 1, "tree": room}[how.branch]
+    explored = max(1, min(int(explored * how.share), room - how.skip))
     learned = min(rollouts, prompts * config.advantage.best_of) if config.advantage.best_of else rollouts
     largest = config.allocation.high if config.allocation.rule == "median_split" else math.ceil(rollouts / prompts)
     rows, updates, most = learned * explored, config.optimizer.updates, config.optimizer.micro_batch

@@ -456,7 +456,7 @@ def _check_sampler(config: Config) -> None:
         raise ValueError(
             f"sampler.eta: {sampler.eta} is above 1, the most noise that {sampler.kind} can take; lower it"
         )
-    if loss in ("guard", "dppo") and config.loss.score != "gaussian":
+    if loss in NOISY_LOSSES and config.loss.score != "gaussian":
         raise ValueError(f"loss.score: {loss} needs the density itself, not {config.loss.score}; leave it gaussian")
     if sampler.kind != "ode":
         if loss in MATCHING_LOSSES:
