@@ -4,6 +4,7 @@ import json
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,14 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
         had. `seconds` in all.
     """
     import torch
+    from diffusers.training_utils import EMAModel
 
     from aegpo import models, rewards, world
     from aegpo.config import resolve
     from aegpo.data import load_prompts
     from aegpo.evaluation import evaluate
-    from aegpo.train import train
+    from aegpo.models.base import acting
+    from aegpo.train import take_average, train
 
     torch.set_num_threads(1)
     began = time.monotonic()
@@ -46,7 +49,9 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
         own = Path(folder, "train.jsonl")
         own.write_text("".join(json.dumps(everything[i]) + "\n" for i in sorted(kept)))
         held_out = load_prompts("world", "eval")
+        judged_as = replace(config, seed=0)  # from the same noise whatever the run's seed
         reward, model = rewards.load(config.reward), models.load(config.model, seed)
+        average = EMAModel(model.trainable.values(), decay=config.optimizer.ema) if config.optimizer.ema else None
         curve: list[dict[str, float]] = []
         explored, drawn = np.zeros(config.sampler.steps), []
         judging, pause = 0, 0.0  # evaluations x samples, and seconds, spent on judging, which are not counted
@@ -62,22 +67,26 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
                 nonlocal judging, explored, pause
                 now = time.monotonic()
                 if metrics["step"] == 0:
-                    judging, pause = metrics["forwards"], now
-                    curve.append(point(0, 0.0, metrics, metrics))
+                    curve.append(point(0, 0.0, evaluate(judged_as, model, held_out, reward), metrics))
+                    judging, pause = model.forwards, time.monotonic()
                     return
+                if average:
+                    take_average(average, config, model, metrics["step"] - 1)
                 explored = explored + metrics["explored_steps"]
                 drawn.append(metrics["reward/mean"])
                 spent = metrics["forwards"] - judging
                 if spent < marks[len(curve) - 1]:
                     return
-                curve.append(point(spent, now - pause, evaluate(config, model, held_out, reward), metrics))
+                with acting(model, average.shadow_params if average and average.optimization_step else None):
+                    judged = evaluate(judged_as, model, held_out, reward)
+                curve.append(point(spent, now - pause, judged, metrics))
                 judging += model.forwards - metrics["forwards"]
                 pause += time.monotonic() - now
                 if len(curve) > len(marks):
                     raise Enough
 
         with suppress(Enough):
-            train(config, model, load_prompts(str(own), "train"), held_out, reward, Path(folder), Judge())
+            train(config, model, load_prompts(str(own), "train"), held_out[:1], reward, Path(folder), Judge())
     return {
         "seed": seed,
         "curve": curve,

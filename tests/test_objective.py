@@ -54,6 +54,7 @@ def make_rows(model, conditions, sampler):
         weight=torch.ones(COUNT),
         advantage=ADVANTAGE,
         unit=torch.tensor([0, 0, 1, 1, 1, 1, 7, 7, 0, 0, 1, 7]),
+        graph=torch.full((COUNT,), -1),
     )
 
 

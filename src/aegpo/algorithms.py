@@ -78,8 +78,9 @@ PLAIN: dict[str, Any] = {
         "beta": 1.0,
         "kl": 0.0,
         "kl_of": "mean",
+        "reference_guidance": None,
     },
-    "optimizer": {"updates": 2, "ema": 0.0, "behaviour": 0.0},
+    "optimizer": {"updates": 2, "keep_graphs": False, "ema": 0.0, "behaviour": 0.0},
 }
 
 # DanceGRPO's own frame, which MixGRPO and BranchGRPO share.
@@ -185,6 +186,17 @@ ALGORITHMS: dict[str, Algorithm] = {
     # The change of attention entropy says which prompts get more rollouts. All explore where that was measured to
     # spread their rewards most, which in our ablation (docs/aegpo.md) taught more than any peaks of entropy.
     "aegpo": _on(AEGPO, "2602.06825", exploration={"rule": "reward_spread"}),
-    # The same to the letter: each prompt explores at the four highest of its own entropy, wherever they lie.
+    # The shortest way to a better policy that we know: rollouts of few second-order steps, each trained at one noise
+    # level, by RAM's regression onto what the base does under guidance.
+    "aegpo-fast": _on(
+        MATCHING,
+        "2602.06825",
+        allocation={"rule": "median_split"},
+        sampler={"solver": "dpm2m"},
+        exploration={"k": 1},
+        loss={"kind": "ram", "beta": 1.0, "reference_guidance": 2.0},
+        optimizer={"updates": 1},
+    ),
+    # AEGPO to the letter: each prompt explores at the four highest of its own entropy, wherever they lie.
     "aegpo-paper": _on(AEGPO, "2602.06825", exploration={"rule": "entropy_peaks"}),
 }

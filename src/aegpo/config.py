@@ -74,6 +74,9 @@ class Model:
     lora: Lora = Lora()
     resolution: Size = 0
     """Image side in pixels; 0: the pipeline's own."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the network is loaded and computed in; `auto`: bfloat16 on a GPU, float32 on a CPU. Trained weights, latents and
+    velocities are float32 in any case."""
     text_tokens: Size | None = None
     """Length of the T5 part of the prompt; null: 256, or 0 where the pipeline has no T5."""
 
@@ -107,7 +110,8 @@ class Sampler:
     """Start all rollouts of a prompt from the same noise (arXiv 2505.07818). Until the first explored step they are one
     trajectory then, and it is computed once."""
     solver: Literal["euler", "dpm2m"] = "euler"
-    """Of the steps after a rollout's last noisy one: Euler's, or DPM-Solver++ of second order (arXiv 2211.01095)."""
+    """Of the steps after a rollout's last noisy one, and of all under `ode`: Euler's, or DPM-Solver++ of second order
+    (arXiv 2211.01095). Evaluations are Euler's, as the pipeline's own call is."""
     compress: Share = 1.0
     """The share of those steps that is taken, so that fewer reach the same end (MixGRPO-Flash, arXiv 2507.21802)."""
 
@@ -237,6 +241,9 @@ class Loss:
     """The loss's own strength: NFT's beta, RAM's w, DGPO's and DPO's beta."""
     kl: NonNegative = 0.0
     """Weight of the pull to the base policy."""
+    reference_guidance: AtLeastOne | None = None
+    """Guidance of the base policy that the loss compares with or pulls to; null: `sampler.guidance`. Where it is more,
+    the policy learns to do without guidance what the base needs it for."""
     kl_of: Literal["mean", "velocity"] = "mean"
     """What is pulled: a noisy step's mean, by its KL divergence, or the velocity, by its mean squared distance; without
     noise, the velocity always."""
@@ -257,6 +264,10 @@ class Optimizer:
     """Longer gradients are shortened to this norm."""
     updates: Count = 1
     """Optimizer steps in a training step; the rows are dealt evenly among them."""
+    keep_graphs: Switch = False
+    """Draw what is to be trained with its graph and keep that until the reward is known, so that the update needs no
+    forward of its own (LeanGRPO, arXiv 2609.03528): exact where there is one update a step. It takes the memory of
+    all rows of the step at once."""
     micro_batch: Count = 48
     """Rows (and rollouts) in one forward; `loss.kind: dgpo` keeps a prompt's whole group at a noise level together,
     even where that is more."""
@@ -281,7 +292,7 @@ class Config:
     """`world`, or a function of your own: `my_reward.py:score` or `my_package.module:score`."""
     algorithm: str = "aegpo"
     """The named variant: flow-grpo, flow-grpo-fast, dance-grpo, mix-grpo, mix-grpo-flash, branch-grpo, tempflow-grpo,
-    grpo-guard, flow-dppo, e-grpo, diffusion-nft, awm, ram, dgpo, online-dpo, ddpo, aegpo or aegpo-paper
+    grpo-guard, flow-dppo, e-grpo, diffusion-nft, awm, ram, dgpo, online-dpo, ddpo, aegpo, aegpo-fast or aegpo-paper
     (docs/algorithms.md); its choices lie under what is set beside it, over all else."""
     sampler: Sampler = Sampler()
     probe: Probe = Probe()
@@ -300,6 +311,8 @@ class Config:
     """Steps between evaluations; 0: only before the first and after the last step."""
     eval_images: Count = 2
     """Images drawn for each held-out prompt."""
+    eval_steps: Size = 0
+    """Denoising steps of evaluations; 0: those of rollouts."""
     save_every: Count = 1
     """Steps between checkpoints; a killed run loses at most so many."""
     checkpoints_total_limit: Count = 2
@@ -448,6 +461,11 @@ def _check_budget(config: Config) -> None:
             )
     _check_sampler(config)
     _check_exploration(config)
+    if config.optimizer.keep_graphs and (config.optimizer.updates > 1 or config.optimizer.behaviour):
+        raise ValueError(
+            "optimizer.keep_graphs: the graphs are of the weights that draw the rollouts, so they serve one update of "
+            "those; set optimizer.updates 1 and optimizer.behaviour 0"
+        )
 
 
 def _check_sampler(config: Config) -> None:
@@ -467,7 +485,6 @@ def _check_sampler(config: Config) -> None:
         return
     needs_noise = {
         "sampler.shared_noise": (sampler.shared_noise, "false"),
-        "sampler.solver": (sampler.solver != "euler", "euler"),
         "sampler.compress": (sampler.compress < 1, "1"),
         "exploration.branch": (config.exploration.branch != "none", "none"),
         "exploration.merge": (config.exploration.merge is not None, "null"),

@@ -24,26 +24,29 @@ from aegpo.models.base import Denoiser
 from aegpo.types import Conditions, LossOutput, Transitions
 
 
-def objective(config: Config, model: Denoiser, rows: Transitions, conditions: Conditions) -> LossOutput:
+def objective(
+    config: Config, model: Denoiser, rows: Transitions, conditions: Conditions, v: Tensor | None = None
+) -> LossOutput:
     """Each row's loss and its share in the pull to the base policy, times the row's weight.
 
-    One forward serves rows of any prompts and denoising steps; a second, without gradient, the base policy's.
+    One forward serves rows of any prompts and denoising steps; a second, without gradient, the base policy's. The first
+    is not needed where `v`, float32 (m, ...), is what the policy predicts at the rows.
     """
     sampler, how = config.sampler, config.loss
     sigmas = model.sigmas(sampler.steps)
     sigma, sigma_next = sigmas[rows.step].to(rows.x), sigmas[rows.until].to(rows.x)
 
-    def predict() -> Tensor:
-        return model.predict(rows.x, sigma, conditions, rows.prompt, sampler.guidance)
+    def predict(guidance: float = sampler.guidance) -> Tensor:
+        return model.predict(rows.x, sigma, conditions, rows.prompt, guidance)
 
     def noisy_step(velocity: Tensor) -> tuple[Tensor, Tensor]:
         return transition(rows.x, velocity, sigma, sigma_next, sampler.kind, sampler.eta, sigmas[1].item())
 
-    v = predict()
+    v = predict() if v is None else v
     v_ref = v.detach()
     if needs_reference(config):
         with torch.no_grad(), model.reference():
-            v_ref = predict()
+            v_ref = predict(how.reference_guidance or sampler.guidance)
 
     metrics: dict[str, Tensor] = {}
     match how.kind:

@@ -52,6 +52,7 @@ def collect(
     `sampler.shared_noise` all; the others start from noises of their own, since a group that shares one does not show
     how much first noises differ in reward. Where rollouts are ODE, only the first is on it: two would be one image.
     Rollouts that are one node of a tree are computed once, together with all nodes of all prompts at that step.
+    Under `optimizer.keep_graphs` what is to be trained is computed with its graph, also where the trunk has it already.
 
     Args:
         model: the policy.
@@ -83,21 +84,30 @@ def collect(
         leaves[on_trunk] = courses.leaves[on_trunk]
         x[on_trunk] = trunk.latents[prompt[on_trunk], leaves[on_trunk]]
 
-    rows = []
+    rows, kept = [], []
     last_noise = (courses.noisy * torch.arange(1, sampler.steps + 1)).amax(1)  # the point after the last noisy step
     clean, sigma_before = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.float64)  # what a solver remembers
     for at in range(sampler.steps):
         lands = courses.lands[:, at]
         walks = (leaves <= at) & (lands > 0)
-        computed = walks & (leaves < at) & (courses.node[:, at] == everyone)
-        velocity = torch.zeros_like(x)
+        to_train = walks & courses.trained[:, at] & (courses.node[everyone, lands] == everyone)
+        keeps = torch.zeros_like(walks)
+        if config.optimizer.keep_graphs and sampler.kind != "ode":
+            keeps[courses.node[to_train, at]] = True
+        computed = walks & ((leaves < at) | keeps) & (courses.node[:, at] == everyone)
+        velocity, graph = torch.zeros_like(x), torch.full_like(prompt, -1)
         if trunk is not None:
             velocity[leaves == at] = trunk.velocities[prompt[leaves == at], at]
-        for part in _batches(computed, most):
-            velocity[part] = model.predict(x[part], sigmas[at], conditions, prompt[part], sampler.guidance)
+        for part in (*_batches(computed & ~keeps, most), *_batches(computed & keeps, most)):
+            with torch.set_grad_enabled(bool(keeps[part[0]])):
+                predicted = model.predict(x[part], sigmas[at], conditions, prompt[part], sampler.guidance)
+            velocity[part] = predicted.detach()
+            if keeps[part[0]]:
+                graph[part] = sum(map(len, kept)) + torch.arange(len(part))
+                kept.append(predicted)
             progress(len(part))
         progress(len(x) - int(computed.sum()))
-        velocity = velocity[courses.node[:, at]]
+        velocity, graph = velocity[courses.node[:, at]], graph[courses.node[:, at]]
 
         x_next = x.clone()
         for which in _some(walks & ~courses.noisy[:, at]):
@@ -113,19 +123,17 @@ def collect(
             )
             child = courses.node[which, lands[which]]
             x_next[which] = mean + std * torch.stack([fresh(i, at) for i in child.tolist()]).to(x.device)
-            own = which[courses.trained[which, at] & (child == which)]
-            weight = plan.weight[prompt[own], at]
-            rows.append(
-                _rows(x[own], x_next[own], velocity[own], torch.full_like(own, at), lands[own], prompt, own, weight)
-            )
+            own, weight = to_train.nonzero().flatten(), plan.weight[prompt[to_train], at]
+            step_of = torch.full_like(own, at)
+            rows.append(_rows(x[own], x_next[own], velocity[own], step_of, lands[own], prompt, own, weight, graph[own]))
         x = x_next
     if sampler.kind == "ode":
-        rows = revisit(model, x, conditions, prompt, plan, config, courses, fresh)
+        rows, kept = revisit(model, x, conditions, prompt, plan, config, courses, fresh)
     transitions = Transitions(**{name: torch.cat([getattr(row, name) for row in rows]) for name in vars(rows[0])})
     together = transitions.prompt * sampler.steps + transitions.step
     unit = together if config.loss.kind in GROUP_LOSSES else torch.arange(len(transitions))
     images = np.concatenate([model.decode(part) for part in x.split(most)])
-    return Rollouts(images, prompt, courses, replace(transitions, unit=unit))
+    return Rollouts(images, prompt, courses, replace(transitions, unit=unit), tuple(kept))
 
 
 @torch.no_grad()
@@ -138,7 +146,7 @@ def revisit(
     config: Config,
     courses: Courses,
     fresh: Callable[[int, int], Tensor],
-) -> list[Transitions]:
+) -> tuple[list[Transitions], list[Tensor]]:
     """Clean latents brought back to their explored noise levels, as transitions from there to what they were.
 
     This is how forward-process methods (arXiv 2509.16117, 2509.25050) explore: rollouts differ by their first noise
@@ -156,24 +164,28 @@ def revisit(
         fresh: noise for (latent, denoising step).
 
     Returns:
-        The transitions, `rollout` counting the latents.
+        The transitions, `rollout` counting the latents, and the predictions whose graphs are kept.
     """
     sampler = config.sampler
     sigmas = model.sigmas(sampler.steps)
     whose = prompt.new_tensor([prompt.tolist().index(p) for p in prompt.tolist()])
     whose = whose if config.loss.kind in GROUP_LOSSES else torch.arange(len(x0))
-    rows = []
+    rows, kept, keep = [], [], config.optimizer.keep_graphs
     for part in courses.trained.nonzero().split(config.optimizer.micro_batch):
         which, step = part.unbind(1)
         clean, sigma = x0[which], sigmas[step].to(x0)
         e = torch.stack([fresh(i, t) for i, t in zip(whose[which].tolist(), step.tolist(), strict=True)]).to(x0.device)
         x = torch.lerp(clean, e, sigma.reshape(-1, *[1] * (x0.ndim - 1)))
-        velocity = torch.zeros_like(x)
-        if needs_velocity(config):
-            velocity = model.predict(x, sigma, conditions, prompt[which], sampler.guidance)
-        end = torch.full_like(step, sampler.steps)
-        rows.append(_rows(x, clean, velocity, step, end, prompt, which, plan.weight[prompt[which], step]))
-    return rows
+        velocity, graph = torch.zeros_like(x), torch.full_like(which, -1)
+        if keep or needs_velocity(config):
+            with torch.set_grad_enabled(keep):
+                velocity = model.predict(x, sigma, conditions, prompt[which], sampler.guidance)
+        if keep:
+            graph = sum(map(len, kept)) + torch.arange(len(which))
+            kept.append(velocity)
+        end, weight = torch.full_like(step, sampler.steps), plan.weight[prompt[which], step]
+        rows.append(_rows(x, clean, velocity.detach(), step, end, prompt, which, weight, graph))
+    return rows, kept
 
 
 def _rows(
@@ -185,6 +197,7 @@ def _rows(
     prompt: Tensor,
     rollout: Tensor,
     weight: Tensor,
+    graph: Tensor,
 ) -> Transitions:
     """What was explored; the advantage is not known yet."""
     return Transitions(
@@ -198,6 +211,7 @@ def _rows(
         weight=weight.to(x),
         advantage=torch.zeros(len(rollout), device=x.device),
         unit=rollout,
+        graph=graph,
     )
 
 
@@ -273,14 +287,17 @@ def denoise(
         The trajectories, one a latent; clean ones are `latents[:, -1]`.
     """
     sigmas = model.sigmas(sampler.steps)
-    latents, velocities = [x], []
+    latents, velocities, clean = [x], [], torch.zeros_like(x)
     for step in range(sampler.steps):
         sigma, sigma_next = sigmas[step].item(), sigmas[step + 1].item()
         here = torch.arange(len(x)) if length is None else (length > step).nonzero().flatten()
         velocity = torch.zeros_like(x)
         if len(here):
             velocity[here] = model.predict(x[here], sigmas[step], conditions, prompt[here], sampler.guidance)
-        x, _ = transition(x, velocity, sigma, sigma_next, "ode", eta=0.0)
+        if sampler.kind == "ode" and sampler.solver == "dpm2m":
+            x, clean = dpmpp_2m(x, velocity, sigma, sigma_next, clean, sigmas[max(step - 1, 0)])
+        else:
+            x, _ = transition(x, velocity, sigma, sigma_next, "ode", eta=0.0)
         latents.append(x)
         velocities.append(velocity)
     return Trunk(torch.stack(latents, 1), torch.stack(velocities, 1))
@@ -293,12 +310,13 @@ def joined(parts: Sequence[Trunk]) -> Trunk:
 
 def draw(model: Denoiser, prompts: Sequence[Prompt], config: Config) -> np.ndarray:
     """`eval_images` pictures of each prompt by ODE, always from the same noise; uint8 (prompts x images, H, W, 3)."""
+    sampler = replace(config.sampler, steps=config.eval_steps or config.sampler.steps, solver="euler")
     pictures = []
     wanted = [(prompt, i) for prompt in prompts for i in range(config.eval_images)]
     for at in range(0, len(wanted), config.optimizer.micro_batch):
         part = wanted[at : at + config.optimizer.micro_batch]
         x = _first_latents(model, [(EVALUATION, config.seed, prompt.id, i) for prompt, i in part])
         conditions = model.encode([prompt.text for prompt, _ in part])
-        walked = denoise(model, x, conditions, torch.arange(len(part)), config.sampler)
+        walked = denoise(model, x, conditions, torch.arange(len(part)), sampler)
         pictures.append(model.decode(walked.latents[:, -1]))
     return np.concatenate(pictures)

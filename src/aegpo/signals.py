@@ -86,7 +86,8 @@ def reward_spread(
     """
     few, steps = min(SPREAD_PROMPTS, len(prompts)), config.sampler.steps
     sampler = replace(with_noise(config).sampler, shared_noise=True, solver="euler", compress=1.0)
-    shared = replace(config, sampler=sampler, exploration=Exploration())
+    optimizer = replace(config.optimizer, keep_graphs=False)
+    shared = replace(config, sampler=sampler, exploration=Exploration(), optimizer=optimizer)
     each = torch.eye(steps, dtype=torch.bool)[:-1]
     if trunk is None:
         trunk = walk_trunk(model, prompts[:few], conditions, torch.full((few,), steps - 1), shared, visit)

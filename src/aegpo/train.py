@@ -140,13 +140,11 @@ def train(
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(config, step)
         rows = rollouts.transitions.judged(advantage, taught)
-        learned = update(config, model, optimizer, rows, conditions, step, display)
+        learned = update(config, model, optimizer, rows, conditions, step, display, rollouts.kept)
         if behaviour is not None:
             follow(behaviour, model, min(config.optimizer.behaviour_ramp * (step + 1), config.optimizer.behaviour))
-        taken = config.optimizer.updates * (step + 1)
-        if average and taken % config.optimizer.ema_every < config.optimizer.updates:
-            average.optimization_step = taken  # from which diffusers takes the decay, min((1 + n) / (10 + n), decay)
-            average.step(model.trainable.values())
+        if average:
+            take_average(average, config, model, step)
 
         about = {"prompts": texts, "rollouts": len(scores)}
         record(step + 1, about | logbook.describe(plan, rollouts, signals, scores, advantage) | learned)
@@ -198,6 +196,7 @@ def update(
     conditions: Conditions,
     step: int,
     display: Display,
+    kept: Sequence[Tensor] = (),
 ) -> dict[str, Any]:
     """Shuffle the rows of all prompts and timesteps, deal them to the optimizer steps, and take those.
 
@@ -217,14 +216,20 @@ def update(
         if not micros:
             continue
         optimizer.zero_grad()
+        slope = torch.zeros(sum(map(len, kept)), *rows.x.shape[1:], device=rows.x.device)
         for micro in micros:
-            loss = objective(config, model, rows[micro], conditions)
+            part = rows[micro]
+            known = part.velocity.clone().requires_grad_() if kept else None
+            loss = objective(config, model, part, conditions, known)
             (loss.rows.sum() / share).backward()
+            if known is not None:
+                slope.index_add_(0, part.graph.to(slope.device), known.grad)
             for name, values in loss.metrics.items():
                 totals[name] = (totals.get(name) or 0.0) + values.sum().item()
             if number == 0 and "ratio/mean" in loss.metrics:
                 first_error = max(first_error, (loss.metrics["ratio/mean"] - 1).abs().max().item())
             display.advance(len(micro))
+        pull_back(kept, slope, rows.graph)
         norm = nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm)
         if not norm.isfinite():
             lower = optimizer.param_groups[0]["lr"] / 10
@@ -240,6 +245,22 @@ def update(
         "ratio/first_error": None if means["ratio/mean"] is None else first_error,
         "lr": optimizer.param_groups[0]["lr"],
     }
+
+
+def pull_back(kept: Sequence[Tensor], slope: Tensor, used: Tensor) -> None:
+    """The rest of the chain rule, from the loss's slope at each kept prediction to the weights.
+
+    Args:
+        kept: predictions (b, ...) with their graphs, which are freed.
+        slope: of the loss at each of them, one after another.
+        used: int64, the places of those that have one: where a forward has none, there is nothing to go back for.
+    """
+    at = 0
+    for predicted in kept:
+        end = at + len(predicted)
+        if ((used >= at) & (used < end)).any():
+            predicted.backward(slope[at:end])
+        at = end
 
 
 def deal(unit: Tensor, updates: int, most: int, key: list[int]) -> list[list[Tensor]]:
@@ -271,6 +292,14 @@ def deal(unit: Tensor, updates: int, most: int, key: list[int]) -> list[list[Ten
             held += len(members[i])
         dealt.append([torch.cat(micro) for micro in micros])
     return dealt
+
+
+def take_average(average: EMAModel, config: Config, model: Denoiser, step: int) -> None:
+    """Average in the weights after a training step, if that is one after which `ema_every` says so."""
+    taken = config.optimizer.updates * (step + 1)
+    if taken % config.optimizer.ema_every < config.optimizer.updates:
+        average.optimization_step = taken  # from which diffusers takes the decay, min((1 + n) / (10 + n), decay)
+        average.step(model.trainable.values())
 
 
 def follow(behaviour: list[Tensor], model: Denoiser, decay: float) -> None:

@@ -162,6 +162,7 @@ class Transitions:
         weight: float32 (m,), what it counts for in the loss.
         advantage: float32 (m,).
         unit: int64 (m,), rows that a loss must see together: one number for each such set.
+        graph: int64 (m,), the place of its prediction among those whose graphs were kept (`Rollouts.kept`), or -1.
     """
 
     x: Tensor
@@ -174,6 +175,7 @@ class Transitions:
     weight: Tensor
     advantage: Tensor
     unit: Tensor
+    graph: Tensor
 
     def __len__(self) -> int:
         return len(self.step)
@@ -197,12 +199,14 @@ class Rollouts:
         group: int64 (n,), the prompt of each.
         courses: the way each took.
         transitions: what was explored while drawing them; advantages still zero.
+        kept: velocities (b, ...) that still know how they came about, one tensor a forward, if graphs are to be kept.
     """
 
     images: np.ndarray
     group: Tensor
     courses: Courses
     transitions: Transitions
+    kept: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ FAMILIES = {"StableDiffusion3Pipeline": "sd3"}
 
 
 def load(settings: Model, seed: int = 0) -> Denoiser:
-    """Load a pipeline and make it trainable: on a GPU if there is one, in bfloat16 there and float32 on a CPU.
+    """Load a pipeline and make it trainable: on a GPU if there is one.
 
     Args:
         settings: the `model` part of a config.
@@ -56,8 +56,8 @@ def load_pipeline(settings: Model) -> Any:
     pipe.set_progress_bar_config(disable=True)
     if torch.cuda.is_available():
         pipe.to("cuda")
-        if settings.train == "full":
-            pipe.transformer.float()
+    if settings.train == "full":
+        pipe.transformer.float()
     return pipe
 
 
@@ -68,7 +68,10 @@ def loading(settings: Model) -> dict[str, Any]:
     """
     _, index = _index(settings)
     absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None]
-    return {"dtype": "bfloat16" if torch.cuda.is_available() else "float32", "absent": absent}
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    return {"dtype": dtype, "absent": absent}
 
 
 def _index(settings: Model) -> tuple[str, Any]:

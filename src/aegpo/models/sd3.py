@@ -45,6 +45,7 @@ class SD3:
         self.is_lora = settings.train == "lora"
         self.base: Any = None
         self.forwards = 0
+        self.is_half = pipe.vae.dtype == torch.bfloat16
 
         for module in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3):
             if module is not None:
@@ -110,12 +111,18 @@ class SD3:
         return unconditional + guidance * (conditional - unconditional)
 
     def _velocity(self, x: Tensor, sigma: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
-        self.forwards += len(x) * (3 if torch.is_grad_enabled() else 1)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+        self.forwards += len(x)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.is_half):
             velocity = self.transformer(
                 hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=embeds, pooled_projections=pooled
             ).sample
-        return velocity.float()
+        velocity = velocity.float()
+        if velocity.requires_grad:
+            velocity.register_hook(lambda _: self._count(2 * len(x)))
+        return velocity
+
+    def _count(self, evaluations: int) -> None:
+        self.forwards += evaluations
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> np.ndarray:

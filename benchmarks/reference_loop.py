@@ -1,0 +1,108 @@
+"""Flow-GRPO's loop as it is published, written from the formulas (arXiv 2505.05470): what `throughput.py` is beside.
+
+Every rollout's prompt is encoded by itself, rollouts are drawn in micro-batches, and the update goes over micro-batches
+of rollouts and, inside, over denoising steps one by one: a forward and a backward for each. It uses nothing of `aegpo`.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a micro-batch of B rollouts of N steps leaves for the update."""
+
+    latents: Tensor  # (B, N + 1, ...)
+    log_probs: Tensor  # (B, N)
+    embeds: Tensor  # (B, tokens, width)
+    pooled: Tensor  # (B, width)
+    images: np.ndarray  # uint8 (B, H, W, 3)
+
+
+def velocity(pipe: Any, x: Tensor, sigma: Tensor, embeds: Tensor, pooled: Tensor) -> Tensor:
+    return pipe.transformer(
+        hidden_states=x,
+        timestep=1000 * sigma.to(x).expand(len(x)),
+        encoder_hidden_states=embeds,
+        pooled_projections=pooled,
+    ).sample
+
+
+def sde_step(
+    x: Tensor, v: Tensor, sigmas: Tensor, i: int, eta: float, z: Tensor | None, x_next: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Flow-SDE's step i from x, to mean + std z or to a given `x_next`, and its log-probability, (B,)."""
+    s, s_next = sigmas[i].item(), sigmas[i + 1].item()
+    g = eta * math.sqrt(s / (1 - (sigmas[1].item() if i == 0 else s)))
+    h = s - s_next
+    mean = x * (1 - g**2 / (2 * s) * h) - v * (1 + g**2 * (1 - s) / (2 * s)) * h
+    std = g * math.sqrt(h)
+    if x_next is None:
+        assert z is not None
+        x_next = mean + std * z
+    log_prob = -((x_next.detach() - mean) ** 2) / (2 * std**2) - math.log(std) - math.log(2 * math.pi) / 2
+    return x_next, log_prob.flatten(1).mean(1)
+
+
+@torch.no_grad()
+def sample(
+    pipe: Any,
+    prompts: list[str],
+    first: Tensor,
+    noise: Callable[[int], Tensor],
+    sigmas: Tensor,
+    eta: float,
+    micro_batch: int,
+) -> list[Samples]:
+    """Draw one rollout for each of the prompts, which repeat as often as a group is large."""
+    drawn = []
+    for at in range(0, len(prompts), micro_batch):
+        part = slice(at, at + micro_batch)
+        embeds, _, pooled, _ = pipe.encode_prompt(
+            prompts[part], None, None, do_classifier_free_guidance=False, max_sequence_length=0
+        )
+        x, log_probs = first[part], []
+        latents = [x]
+        for i in range(len(sigmas) - 1):
+            v = velocity(pipe, x, sigmas[i], embeds, pooled)
+            if i == len(sigmas) - 2:  # onto sigma 0: no noise, and never trained
+                x = x - sigmas[i].item() * v
+            else:
+                x, log_prob = sde_step(x, v, sigmas, i, eta, noise(i)[part])
+                log_probs.append(log_prob)
+            latents.append(x)
+        vae = pipe.vae
+        pixels = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample
+        pixels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        drawn.append(Samples(torch.stack(latents, 1), torch.stack(log_probs, 1), embeds, pooled, pixels))
+    return drawn
+
+
+def advantages(rewards: Tensor, group_size: int) -> Tensor:
+    """Reward beside the group's mean, over the standard deviation of all."""
+    grouped = rewards.reshape(-1, group_size)
+    return ((grouped - grouped.mean(1, keepdim=True)) / (rewards.std(correction=0) + 1e-4)).flatten()
+
+
+def update(
+    pipe: Any, drawn: list[Samples], advantage: Tensor, sigmas: Tensor, eta: float, clip: float
+) -> Iterator[Tensor]:
+    """Accumulate the gradient of the clipped surrogate, step by step; yields the ratios of each forward."""
+    at, steps = 0, len(sigmas) - 2
+    for samples in drawn:
+        own = advantage[at : at + len(samples.images)]
+        at += len(own)
+        for i in range(steps):
+            x, x_next = samples.latents[:, i], samples.latents[:, i + 1]
+            v = velocity(pipe, x, sigmas[i], samples.embeds, samples.pooled)
+            _, log_prob = sde_step(x, v, sigmas, i, eta, None, x_next)
+            ratio = torch.exp(log_prob - samples.log_probs[:, i])
+            loss = torch.maximum(-own * ratio, -own * ratio.clamp(1 - clip, 1 + clip)).sum()
+            (loss / (len(advantage) * steps)).backward()
+            yield ratio.detach()
