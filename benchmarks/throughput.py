@@ -3,11 +3,11 @@
 python benchmarks/throughput.py [--json FILE] [--pairs N]
 
 The loop beside it is `reference_loop.py`: rows of one denoising step in a forward, every rollout's prompt encoded by
-itself, the forward of each trained row computed twice. Ours are `collect` and `update`. Both draw from the same noises and train the same
-adapter of the embedded model at nine of ten steps; that their gradients are equal is checked first, and each takes the
-micro-batch that is fastest for it. Steps take turns within one run, and what counts is the median ratio of a pair. A
-row of its own keeps no graphs; another leaves out what groups without a difference in reward would have cost, a
-quarter of them. Peak memory is that of a process that does nothing else.
+itself, the forward of each trained row computed twice. Ours are `collect` and `update`. Both draw from the same noises
+and train the same adapter of the embedded model at nine of ten steps; that their gradients are equal is checked first,
+and each takes the micro-batch that is fastest for it. Steps take turns within one run, and what counts is the median
+ratio of a pair. A row of its own keeps no graphs; another leaves out what groups without a difference in reward would
+have cost, a quarter of them. Peak memory is that of a process that does nothing else.
 """
 
 import argparse
@@ -142,7 +142,7 @@ class Silent:
 
 
 def gradient_error() -> float:
-    """The largest difference of a gradient from the reference loop's, over the largest gradient, in the worst weight."""
+    """The largest difference of a gradient from the reference loop's over the largest one, in the worst weight."""
     step = Step(96)
     weights = [p.detach().clone() for p in step.model.trainable.values()]
     gradients = {}

@@ -3,7 +3,8 @@
 import json
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ class Enough(Exception):
     """The budget is spent."""
 
 
-def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str, Any]) -> dict[str, Any]:
+def train_to(
+    marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str, Any], guard: bool = False
+) -> dict[str, Any]:
     """Train until the last mark is passed, and judge the policy on the held-out prompts before and at each mark.
 
     Args:
@@ -24,9 +27,12 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
         prompts: how many of the world's training prompts are used, so that each is visited again and again.
         seed: of the run.
         layers: settings, the later over the earlier.
+        guard: whether to judge the base and the last policy in two more ways, in which what was learned by heart or to
+            please the judge would not show: on prompts of other kinds, and by a stricter verifier.
 
     Returns:
-        `curve`: forwards, seconds of training, reward, pass rate and training steps at 0 and at each mark. `drawn`: the
+        `curve`: forwards, rollouts, seconds of training, reward, pass rate and training steps at 0 and at each mark.
+        `guard`: the mean reward before and after, on `unseen` prompts and by the `strict` verifier. `drawn`: the
         mean reward of each training step's rollouts. `explored`: the share of explorations that each denoising step
         had. `seconds` in all.
     """
@@ -39,6 +45,7 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
     from aegpo.evaluation import evaluate
     from aegpo.models.base import acting
     from aegpo.train import take_average, train
+    from aegpo.world import verifier
 
     torch.set_num_threads(1)
     began = time.monotonic()
@@ -54,7 +61,18 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
         average = EMAModel(model.trainable.values(), decay=config.optimizer.ema) if config.optimizer.ema else None
         curve: list[dict[str, float]] = []
         explored, drawn = np.zeros(config.sampler.steps), []
-        judging, pause = 0, 0.0  # evaluations x samples, and seconds, spent on judging, which are not counted
+        guarded: dict[str, list[float]] = {"unseen": [], "strict": []}
+        judging, pause, rollouts = (
+            0,
+            0.0,
+            0,
+        )  # evaluations x samples, and seconds, spent on judging, which are not counted
+
+        def stand_guard() -> None:
+            if guard:
+                guarded["unseen"].append(evaluate(judged_as, model, unseen(), reward)["eval/reward_mean"])
+                with strictness(verifier, MIN_IOU=0.82, MAX_COLOR_DISTANCE=50.0):
+                    guarded["strict"].append(evaluate(judged_as, model, held_out, reward)["eval/reward_mean"])
 
         class Judge:
             """The loop's display: judges the policy at the marks, and ends the run with the budget."""
@@ -64,14 +82,16 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
             def advance(self, count: int) -> None: ...
 
             def step(self, metrics: dict[str, Any]) -> None:
-                nonlocal judging, explored, pause
+                nonlocal judging, explored, pause, rollouts
                 now = time.monotonic()
                 if metrics["step"] == 0:
-                    curve.append(point(0, 0.0, evaluate(judged_as, model, held_out, reward), metrics))
+                    curve.append(point(0, 0, 0.0, evaluate(judged_as, model, held_out, reward), metrics))
+                    stand_guard()
                     judging, pause = model.forwards, time.monotonic()
                     return
                 if average:
                     take_average(average, config, model, metrics["step"] - 1)
+                rollouts += metrics["rollouts"]
                 explored = explored + metrics["explored_steps"]
                 drawn.append(metrics["reward/mean"])
                 spent = metrics["forwards"] - judging
@@ -79,7 +99,9 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
                     return
                 with acting(model, average.shadow_params if average and average.optimization_step else None):
                     judged = evaluate(judged_as, model, held_out, reward)
-                curve.append(point(spent, now - pause, judged, metrics))
+                    if len(curve) == len(marks):
+                        stand_guard()
+                curve.append(point(spent, rollouts, now - pause, judged, metrics))
                 judging += model.forwards - metrics["forwards"]
                 pause += time.monotonic() - now
                 if len(curve) > len(marks):
@@ -90,15 +112,44 @@ def train_to(marks: tuple[int, ...], prompts: int, seed: int, *layers: dict[str,
     return {
         "seed": seed,
         "curve": curve,
+        "guard": guarded,
         "drawn": drawn,
         "explored": (explored / explored.sum()).round(4).tolist(),
         "seconds": time.monotonic() - began,
     }
 
 
-def point(forwards: int, seconds: float, judged: dict[str, float], metrics: dict[str, Any]) -> dict[str, float]:
+def unseen(count: int = 96) -> list[Any]:
+    """Prompts of kinds that no task has: a position with colours, and a number with a colour."""
+    from aegpo.types import Prompt
+    from aegpo.world import scenes
+
+    rng, found = np.random.default_rng(1), {}
+    while len(found) < count:
+        request = scenes.random_request(rng)
+        colored = all(color for _, color in request.objects)
+        counted = len(request.objects) > 1 and len(set(request.objects)) == 1
+        if colored and (request.relation or counted):
+            about = {"objects": request.objects, "relation": request.relation, "task": request.task}
+            found.setdefault(scenes.write(request, rng), about)
+    return [Prompt(i, text, about) for i, (text, about) in enumerate(found.items())]
+
+
+@contextmanager
+def strictness(module: Any, **limits: float) -> Iterator[None]:
+    """The verifier with other limits."""
+    before = {name: getattr(module, name) for name in limits}
+    vars(module).update(limits)
+    yield
+    vars(module).update(before)
+
+
+def point(
+    forwards: int, rollouts: int, seconds: float, judged: dict[str, float], metrics: dict[str, Any]
+) -> dict[str, float]:
     return {
         "forwards": forwards,
+        "rollouts": rollouts,
         "seconds": seconds,
         "reward": judged["eval/reward_mean"],
         "pass": judged["eval/pass_rate"],

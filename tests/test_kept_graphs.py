@@ -120,5 +120,5 @@ def _reached(part, kept, drawn):
 
 def test_only_one_update_of_the_weights_that_draw():
     for optimizer in ({"updates": 2}, {"updates": 1, "behaviour": 0.5}):
-        with pytest.raises(ValueError, match="optimizer.keep_graphs"):
+        with pytest.raises(ValueError, match=r"optimizer\.keep_graphs"):
             resolve({"optimizer": {"keep_graphs": True, **optimizer}})

@@ -194,7 +194,7 @@ ALGORITHMS: dict[str, Algorithm] = {
         allocation={"rule": "median_split"},
         sampler={"solver": "dpm2m"},
         exploration={"k": 1},
-        loss={"kind": "ram", "beta": 1.0, "reference_guidance": 2.0},
+        loss={"kind": "ram", "beta": 1.0, "reference_guidance": 3.0},
         optimizer={"updates": 1},
     ),
     # AEGPO to the letter: each prompt explores at the four highest of its own entropy, wherever they lie.

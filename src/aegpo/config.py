@@ -75,8 +75,8 @@ class Model:
     resolution: Size = 0
     """Image side in pixels; 0: the pipeline's own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What the network is loaded and computed in; `auto`: bfloat16 on a GPU, float32 on a CPU. Trained weights, latents and
-    velocities are float32 in any case."""
+    """What the network is loaded and computed in; `auto`: bfloat16 on a GPU, float32 on a CPU. Trained weights, latents
+    and velocities are float32 in any case."""
     text_tokens: Size | None = None
     """Length of the T5 part of the prompt; null: 256, or 0 where the pipeline has no T5."""
 
