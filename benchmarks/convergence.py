@@ -69,7 +69,8 @@ for host in (*NOISY, *MATCHING):
     METHODS |= {host: {"algorithm": host}, f"aegpo on {host}": with_aegpo(host)}
 for host in ("awm", "ram"):
     METHODS[f"{host}, small steps"] = merge(SMALL, {"algorithm": host, "exploration": {"k": 1}})
-METHODS = {name: METHODS.pop(name) for name in ("flow-grpo", "aegpo on flow-grpo")} | {"aegpo-fast": OURS} | METHODS
+FIRST = {name: METHODS.pop(name) for name in ("flow-grpo", "aegpo on flow-grpo")}
+METHODS = FIRST | {"aegpo": {"algorithm": "aegpo"}, "aegpo-fast": OURS} | METHODS
 
 COMPOSITION: dict[str, dict[str, Any]] = {
     "aegpo-fast": {},
@@ -87,7 +88,7 @@ COMPOSITION: dict[str, dict[str, Any]] = {
 def marks_of(name: str) -> tuple[int, ...]:
     if name == "flow-grpo":
         return FAR
-    if name == "aegpo on flow-grpo":
+    if name in ("aegpo on flow-grpo", "aegpo"):
         return tuple(mark for mark in FAR if mark <= LONG // 4)
     return (*EARLY, 16_000, 24_000) if name == "aegpo-fast" else MARKS
 
@@ -212,9 +213,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(17, 5), sharey=True, layout="constrained")
     hosts = [name for name in METHODS if finals(runs, "hosts", name)]
     for name in hosts:
-        host = name.removeprefix("aegpo on ").removesuffix(", small steps")
+        host = "flow-grpo" if name == "aegpo" else name.removeprefix("aegpo on ").removesuffix(", small steps")
         color = "black" if name == "aegpo-fast" else f"C{(*NOISY, *MATCHING).index(host)}"
-        style = "-" if name.startswith("aegpo") else ":" if "small" in name else "--"
+        style = ":" if name == "aegpo" or "small" in name else "-" if name.startswith("aegpo") else "--"
         own = finals(runs, "hosts", name)
         for axis, what in zip(axes, SPENT, strict=True):
             spent = np.mean([[point[what] for point in run["curve"][1:]] for run in own], axis=0)
