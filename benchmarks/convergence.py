@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from demo import git
 from rich.console import Console
 from rich.table import Table
@@ -40,6 +41,8 @@ from aegpo.algorithms import merge
 RATES, SWEEP, SEEDS = (1e-4, 2e-4, 4e-4), 0, (1, 2, 3, 4, 5)  # within what family.py's wider sweep found best
 SHORT, LONG = 24_000, 384_000
 EARLY = (1_000, 2_000, 3_000, 4_000, 5_000, 6_000, 7_000, 8_000, 10_000, 12_000)
+BRIEFER = (1_000, 2_000, 4_000, 8_000)
+SPARSE = (4_000, 8_000, 12_000, 16_000, 20_000, 24_000)
 MARKS = (*EARLY[1::2], 12_000, 16_000, 20_000, 24_000, 28_000, 32_000, 36_000, 40_000, 44_000, 48_000)
 FAR = (*(i * LONG // 64 for i in range(1, 9)), *(i * LONG // 32 for i in range(5, 33)))
 PROMPTS = 32  # of the world's training prompts
@@ -69,6 +72,11 @@ for host in (*NOISY, *MATCHING):
     METHODS |= {host: {"algorithm": host}, f"aegpo on {host}": with_aegpo(host)}
 for host in ("awm", "ram"):
     METHODS[f"{host}, small steps"] = merge(SMALL, {"algorithm": host, "exploration": {"k": 1}})
+GUIDED = "aegpo on flow-grpo, guided reference"
+METHODS[GUIDED] = merge(
+    with_aegpo("flow-grpo"),
+    {"loss": {"kl": 1.0, "kl_of": "velocity", "reference_guidance": 3.0}, "optimizer": {"ema": 0.0}},
+)
 FIRST = {name: METHODS.pop(name) for name in ("flow-grpo", "aegpo on flow-grpo")}
 METHODS = FIRST | {"aegpo": {"algorithm": "aegpo"}, "aegpo-fast": OURS} | METHODS
 
@@ -90,17 +98,27 @@ def marks_of(name: str) -> tuple[int, ...]:
         return FAR
     if name in ("aegpo on flow-grpo", "aegpo"):
         return tuple(mark for mark in FAR if mark <= LONG // 4)
-    return (*EARLY, 16_000, 24_000) if name == "aegpo-fast" else MARKS
+    if name == "aegpo-fast":
+        return (*EARLY, 16_000, 24_000)
+    return SPARSE if is_brief(name) else MARKS
+
+
+def is_brief(name: str) -> bool:
+    """Whether a method's runs end at SHORT and are not judged in other ways: those that learn fast."""
+    return name in (GUIDED, "aegpo on mix-grpo") or any(name.startswith((h, f"aegpo on {h}")) for h in MATCHING)
 
 
 def train_one(part: str, name: str, rate: float, seed: int, micro_batch: int) -> dict[str, Any]:
     """One run; of the sweep, it is judged at its end alone."""
     layers = [METHODS[name]] if part == "hosts" else [OURS, COMPOSITION[name]]
     short = (LONG,) if name == "flow-grpo" else (EARLY[-1],) if name == "aegpo-fast" else (SHORT,)
-    marks = short if seed == SWEEP else marks_of(name if part == "hosts" else "aegpo-fast")
+    marks = short if seed == SWEEP else marks_of(name) if part == "hosts" else BRIEFER
     rest = {"optimizer": {"lr": rate, "micro_batch": micro_batch}}
-    found = train_to(marks, PROMPTS, seed, COMMON, *layers, rest, guard=seed != SWEEP)
-    return {"part": part, "method": name, "rate": rate, "commit": os.environ["AEGPO_COMMIT"]} | found
+    guard = part == "hosts" and seed != SWEEP and not is_brief(name)
+    found = train_to(marks, PROMPTS, seed, COMMON, *layers, rest, guard=guard)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    about = {"part": part, "method": name, "rate": rate, "commit": os.environ["AEGPO_COMMIT"], "device": device}
+    return about | found
 
 
 # ---------------------------------------------------------------- what the runs say
@@ -158,8 +176,11 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
                     **{f"{what}_to_half": [to_target(r, half, what) for r in own] for what in SPENT},
                     "reward_at_end": [end["reward"] for end in ends],
                     "pass_at_end": [end["pass"] for end in ends],
-                    "unseen_gain": [run["guard"]["unseen"][1] - run["guard"]["unseen"][0] for run in own],
-                    "strict_gain": [run["guard"]["strict"][1] - run["guard"]["strict"][0] for run in own],
+                    **{
+                        f"{way}_gain": [after - before for before, after in (r["guard"][way] for r in own)]
+                        for way in ("unseen", "strict")
+                        if own[0]["guard"][way]
+                    },
                 }
     return {"target": reward, "half": half, "base": base, "methods": methods}
 
@@ -189,12 +210,13 @@ def table(about: dict[str, Any], runs: list[dict[str, Any]]) -> Table:
     )
     shown = Table("method", "rate", *heads, "seeds", "after")
     for name, row in about["methods"].items():
-        gains = (100 * np.array(row[key]) for key in ("reward_at_end", "pass_at_end", "unseen_gain", "strict_gain"))
+        ends = ("reward_at_end", "pass_at_end", "unseen_gain", "strict_gain")
+        gains = (100 * np.array(row.get(key, [np.nan])) for key in ends)
         part = "composition" if name.startswith("composition") else "hosts"
         first = finals(runs, part, name.removeprefix("composition: "))[0]
         starts = (100 * first["curve"][0]["reward"], 100 * first["curve"][0]["pass"], 0.0, 0.0)
         cells = [
-            f"{(gain - start).mean():+.1f} ± {gain.std(ddof=1) / len(gain) ** 0.5 if len(gain) > 1 else np.nan:.1f}"
+            f"{(gain - start).mean():+.1f} ± {gain.std(ddof=1) / len(gain) ** 0.5:.1f}" if len(gain) > 1 else ""
             for gain, start in zip(gains, starts, strict=True)
         ]
         spent = [row["forwards_to_half"], *(row[f"{what}_to_target"] for what in SPENT)]
@@ -213,9 +235,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 3, figsize=(17, 5), sharey=True, layout="constrained")
     hosts = [name for name in METHODS if finals(runs, "hosts", name)]
     for name in hosts:
-        host = "flow-grpo" if name == "aegpo" else name.removeprefix("aegpo on ").removesuffix(", small steps")
+        host = "flow-grpo" if name == "aegpo" else name.removeprefix("aegpo on ").split(",")[0]
         color = "black" if name == "aegpo-fast" else f"C{(*NOISY, *MATCHING).index(host)}"
-        style = ":" if name == "aegpo" or "small" in name else "-" if name.startswith("aegpo") else "--"
+        style = ":" if name == "aegpo" or "," in name else "-" if name.startswith("aegpo") else "--"
         own = finals(runs, "hosts", name)
         for axis, what in zip(axes, SPENT, strict=True):
             spent = np.mean([[point[what] for point in run["curve"][1:]] for run in own], axis=0)
@@ -311,7 +333,7 @@ def main() -> None:
             wanted += [lambda n=name, r=rate: ("hosts", n, r, SWEEP) for rate in RATES]
             wanted += [lambda n=name, s=seed: at_best(n, s) for seed in SEEDS]
     if "composition" in asked.part:
-        wanted += [lambda n=name, s=seed: ours(n, s) for seed in SEEDS for name in COMPOSITION]
+        wanted += [lambda n=name, s=seed: ours(n, s) for seed in SEEDS[:3] for name in COMPOSITION]
     run_all(wanted)
     keep()
     if found := summary(runs):

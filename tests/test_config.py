@@ -330,7 +330,11 @@ def test_every_choice_of_a_rule_is_accepted():
         ({"algorithm": "flow-grpo", "loss": {"kind": "nft"}}, "loss.kind: nft is of finished images"),
         ({"algorithm": "awm", "loss": {"kind": "guard"}}, "loss.kind: rollouts of sampler.kind ode"),
         ({"algorithm": "awm", "sampler": {"compress": 0.5}}, "sampler.compress: rollouts of sampler.kind ode"),
-        ({"optimizer": {"keep_graphs": True}}, "optimizer.keep_graphs: the graphs are of the weights"),
+        ({"algorithm": "aegpo-fast", "sampler": {"guidance": 4.5}}, "loss.reference_guidance: 3.0 is below"),
+        (
+            {"algorithm": "awm", "optimizer": {"keep_graphs": True}},
+            "optimizer.keep_graphs: the graphs are of the weights",
+        ),
         ({"algorithm": "ddpo", "sampler": {"eta": 1.2}}, "sampler.eta: 1.2 is above 1"),
         ({"algorithm": "flow-grpo", "exploration": {"start": 3, "until": 5, "skip": 2}}, "exploration.skip: 2 steps"),
         ({"algorithm": "flow-grpo", "exploration": {"skip": 9}}, "exploration.skip: 9 steps"),

@@ -461,6 +461,11 @@ def _check_budget(config: Config) -> None:
             )
     _check_sampler(config)
     _check_exploration(config)
+    if config.loss.reference_guidance is not None and config.loss.reference_guidance < config.sampler.guidance:
+        raise ValueError(
+            f"loss.reference_guidance: {config.loss.reference_guidance} is below sampler.guidance, "
+            f"{config.sampler.guidance}, so the policy would learn to need more of it; raise it, or leave it null"
+        )
     if config.optimizer.keep_graphs and (config.optimizer.updates > 1 or config.optimizer.behaviour):
         raise ValueError(
             "optimizer.keep_graphs: the graphs are of the weights that draw the rollouts, so they serve one update of "
