@@ -1,6 +1,6 @@
 """Does the change of attention entropy say which prompts have something to teach? By reading and by layer.
 
-python benchmarks/signal.py [--json FILE] [--seeds 1 2 3] [--algorithm aegpo-fast]
+python benchmarks/which_prompts.py [--json FILE] [--seeds 1 2 3] [--algorithm aegpo-fast]
 
 The embedded model trains on 96 prompts, all with the same number of rollouts. Before, at EARLY and at LATE, eight images
 of each prompt are drawn from the same noise and judged, which gives its mean reward and the spread of reward inside
