@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 
 
+BASE: dict[str, dict[str, float]] = {}  # how the base policy is judged, by what that depends on
+
+
 class Enough(Exception):
     """The budget is spent."""
 
@@ -85,7 +88,10 @@ def train_to(
                 nonlocal judging, explored, pause, rollouts
                 now = time.monotonic()
                 if metrics["step"] == 0:
-                    curve.append(point(0, 0, 0.0, evaluate(judged_as, model, held_out, reward), metrics))
+                    known = repr((config.model, config.eval_images, config.eval_steps, config.sampler.steps))
+                    if known not in BASE:  # every run of a process begins with the same policy
+                        BASE[known] = evaluate(judged_as, model, held_out, reward)
+                    curve.append(point(0, 0, 0.0, BASE[known], metrics))
                     stand_guard()
                     judging, pause = model.forwards, time.monotonic()
                     return

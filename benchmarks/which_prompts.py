@@ -2,12 +2,12 @@
 
 python benchmarks/which_prompts.py [--json FILE] [--seeds 1 2 3] [--algorithm aegpo-fast]
 
-The embedded model trains on 96 prompts, all with the same number of rollouts. Before, at EARLY and at LATE, eight images
-of each prompt are drawn from the same noise and judged, which gives its mean reward and the spread of reward inside
-its group. At EARLY the entropy of every layer is read under the policy and under the base, for every choice of queries
-and keys. What is shown are rank correlations over the prompts, mean and standard error over the seeds: of |dH| with
-the spread at EARLY (what allocation is for: an image more where images differ), with what is still to be gained (one
-minus the reward), with the gain so far and with the gain to come. The spread of the group before is set beside them.
+The embedded model trains on 96 prompts, all with the same number of rollouts. Before, at EARLY and at LATE, eight
+images of each prompt are drawn from the same noise and judged, which gives its mean reward and the spread of reward
+inside its group. At EARLY the entropy of every layer is read under the policy and under the base, for every choice of
+queries and keys. What is shown are rank correlations over the prompts, mean and standard error over the seeds: of |dH|
+with the spread at EARLY (what allocation is for: an image more where images differ), with what is still to be gained
+(one minus the reward), with the gain so far and with the gain to come. The spread of the group before is beside them.
 """
 
 import argparse
@@ -94,8 +94,13 @@ def measure(algorithm: str, seed: int) -> dict[str, dict[str, float]]:
         )
     )
     changes["spread of the group before"] = scores[0].std(1)
+
+    def correlation(a: np.ndarray, b: np.ndarray) -> float:
+        found: Any = spearmanr(a, b)
+        return float(found.statistic)
+
     return {
-        name: {target: float(spearmanr(change, value).statistic) for target, value in targets.items()}
+        name: {target: correlation(change, value) for target, value in targets.items()}
         for name, change in changes.items()
     }
 

@@ -53,6 +53,7 @@ def merge(*layers: dict[str, Any]) -> dict[str, Any]:
 
 PLAIN: dict[str, Any] = {
     "sampler": {"kind": "flow_sde", "eta": 0.7, "shared_noise": False, "solver": "euler", "compress": 1.0},
+    "probe": {"keys": "all"},
     "allocation": {"rule": "uniform", "low": 8, "high": 16},
     "exploration": {
         "rule": "all",
@@ -191,6 +192,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "aegpo-fast": _on(
         MATCHING,
         "2602.06825",
+        probe={"keys": "text"},
         allocation={"rule": "median_split"},
         sampler={"solver": "dpm2m"},
         exploration={"k": 1},

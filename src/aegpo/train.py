@@ -221,9 +221,11 @@ def update(
             part = rows[micro]
             known = part.velocity.clone().requires_grad_() if kept else None
             loss = objective(config, model, part, conditions, known)
-            (loss.rows.sum() / share).backward()
-            if known is not None:
-                slope.index_add_(0, part.graph.to(slope.device), known.grad)
+            value = loss.rows.sum() / share
+            if known is None:
+                value.backward()
+            else:
+                slope.index_add_(0, part.graph.to(slope.device), torch.autograd.grad(value, known)[0])
             for name, values in loss.metrics.items():
                 totals[name] = (totals.get(name) or 0.0) + values.sum().item()
             if number == 0 and "ratio/mean" in loss.metrics:
