@@ -5,7 +5,8 @@ python benchmarks/convergence.py [--json FILE] [--part hosts|composition ...] [-
 
 Every method trains all weights of the embedded model on the same 32 prompts. First its learning rate is chosen: with
 the seed SWEEP, at each of RATES, until SHORT network evaluations (the probe's and the base's among them; a backward
-counts as two) are spent; the one with the highest held-out reward then. With that it trains for each of SEEDS, and is
+counts as two) are spent; the one with the highest held-out reward then (AEGPO on a method of finished images, and on
+MixGRPO, takes its host's, and three seeds). With that it trains for each of SEEDS, and is
 judged at the marks: the same 144 held-out prompts, four images each, from the same noise for all. Flow-GRPO trains
 LONG, in its sweep too; the highest point of its mean curve is the target that all are measured by.
 
@@ -91,6 +92,8 @@ COMPOSITION: dict[str, dict[str, Any]] = {
     "levels by the change of entropy": {"exploration": {"rule": "delta_entropy_peaks"}},
     "reference without guidance": {"loss": {"reference_guidance": None}},
     "no reward: guidance distilled alone": {"loss": {"beta": 1e-6}},
+    "no reward, to the end": {"loss": {"beta": 1e-6}},
+    "beta 3": {"loss": {"beta": 3.0}},
     "ten Euler steps": {"sampler": {"steps": 10, "solver": "euler"}},
     "four levels a rollout": {"exploration": {"k": 4}},
     "96 rollouts a step": {"rollouts_per_step": 96, "allocation": {"low": 8, "high": 16}},
@@ -112,11 +115,21 @@ def is_brief(name: str) -> bool:
     return name in (GUIDED, "aegpo on mix-grpo") or any(name.startswith((h, f"aegpo on {h}")) for h in MATCHING)
 
 
+def briefer(name: str) -> tuple[int, ...]:
+    """Marks of a part of ours: where the reward begins to count shows late."""
+    return (*BRIEFER, 16_000, 24_000) if name in ("beta 3", "no reward, to the end") else BRIEFER
+
+
+def as_its_host(name: str) -> bool:
+    """Whether AEGPO on a host takes the host's rate, and three of the seeds."""
+    return is_brief(name) and name.startswith("aegpo on ") and name != GUIDED
+
+
 def train_one(part: str, name: str, rate: float, seed: int, micro_batch: int) -> dict[str, Any]:
     """One run; of the sweep, it is judged at its end alone."""
     layers = [METHODS[name]] if part == "hosts" else [OURS, COMPOSITION[name]]
     short = (LONG,) if name == "flow-grpo" else (EARLY[-1],) if name == "aegpo-fast" else (SHORT,)
-    marks = short if seed == SWEEP else marks_of(name) if part == "hosts" else BRIEFER
+    marks = short if seed == SWEEP else marks_of(name) if part == "hosts" else briefer(name)
     rest = {"optimizer": {"lr": rate, "micro_batch": micro_batch}}
     guard = part == "hosts" and seed != SWEEP and not is_brief(name)
     found = train_to(marks, PROMPTS, seed, COMMON, *layers, rest, guard=guard)
@@ -323,7 +336,7 @@ def main() -> None:
             aside.replace(asked.json)
 
     def at_best(name: str, seed: int) -> tuple[str, str, float, int] | None:
-        rate = best_rates(runs).get(name)
+        rate = best_rates(runs).get(name.removeprefix("aegpo on ") if as_its_host(name) else name)
         return None if rate is None else ("hosts", name, rate, seed)
 
     def ours(name: str, seed: int) -> tuple[str, str, float, int] | None:
@@ -334,8 +347,9 @@ def main() -> None:
     wanted: list[Callable[[], tuple[str, str, float, int] | None]] = []
     if "hosts" in asked.part:
         for name in hosts:
-            wanted += [lambda n=name, r=rate: ("hosts", n, r, SWEEP) for rate in RATES]
-            wanted += [lambda n=name, s=seed: at_best(n, s) for seed in SEEDS]
+            if not as_its_host(name):
+                wanted += [lambda n=name, r=rate: ("hosts", n, r, SWEEP) for rate in RATES]
+            wanted += [lambda n=name, s=seed: at_best(n, s) for seed in SEEDS[: 3 if as_its_host(name) else None]]
     if "composition" in asked.part:
         wanted += [lambda n=name, s=seed: ours(n, s) for seed in SEEDS[:3] for name in COMPOSITION]
     run_all(wanted)

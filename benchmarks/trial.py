@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-
 BASE: dict[str, dict[str, float]] = {}  # how the base policy is judged, by what that depends on
 
 

@@ -209,6 +209,7 @@ def test_it_costs_the_evaluations_that_were_announced(model, guidance):
 # ---------------------------------------------------------------- a run
 
 SMALL = {
+    "algorithm": "aegpo",
     "steps": 3,
     "prompts_per_step": 2,
     "rollouts_per_step": 10,
@@ -322,7 +323,7 @@ def test_a_model_before_training(tmp_path, capsys):
     assert list(said["readings"]) == ["entropy", "entropy_to_text", "entropy_times_noise", "policy_noise"]
     [row] = said["checkpoints"]
     model = models.load(Model())
-    config = resolve({"eval_images": 1, "prompts": {"eval": str(tmp_path / "three.txt")}})
+    config = resolve({"algorithm": "aegpo", "eval_images": 1, "prompts": {"eval": str(tmp_path / "three.txt")}})
     judged = build.evaluate_policy(config, model, load_prompts(config.prompts.eval, "eval"), load("world"))
     assert np.mean(row["reward"]) == pytest.approx(judged["eval/reward_mean"])
     printed = capsys.readouterr().out

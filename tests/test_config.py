@@ -31,7 +31,7 @@ CHOICES = st.fixed_dictionaries(
             {"lr": POSITIVE, "betas": st.tuples(FRACTIONS, FRACTIONS), "updates": COUNTS}
         ),
         "advantage": st.fixed_dictionaries({"clip": POSITIVE, "eps": FRACTIONS}),
-        "sampler": st.fixed_dictionaries({"steps": st.integers(8, 50), "guidance": st.floats(1, 1e3)}),
+        "sampler": st.fixed_dictionaries({"steps": st.integers(8, 50), "guidance": st.floats(1, 3)}),
     },
 )
 

@@ -279,3 +279,29 @@ def test_a_group_loss_does_not_depend_on_micro_batches(policy, kind):
     for micro in micros:
         parts += gradient(objective(config, model, rows[micro], conditions).rows.sum(), model)
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["ram", "clip"])
+def test_the_reference_may_be_guided_while_the_policy_is_not(policy, kind):
+    """RAM's target and the pull in velocity with v_ref = v_0 + w (v_c - v_0) of the base, in value and gradient."""
+    model, conditions = policy
+    rows = make_rows(model, conditions, Sampler(kind="ode"))
+    how = Loss(kind=kind, beta=0.5, kl=0.0 if kind == "ram" else 0.7, reference_guidance=2.5, clip_low=9, clip_high=9)
+    before = model.forwards
+    found = objective(Config(sampler=Sampler(kind="ode"), loss=how), model, rows, conditions)
+    assert model.forwards - before == 3 * COUNT  # one of the policy, and a conditional and an empty one of the base
+    v, v_ref, sigma = predictions(model, conditions, rows)
+    with torch.no_grad(), model.reference():
+        guided = model.predict(rows.x, sigma, conditions, rows.prompt, 2.5)
+    assert (guided - v_ref).abs().max() > 0.05
+    target, a = (rows.x - rows.x_next) / sigma.reshape(-1, 1, 1, 1), rows.advantage
+    if kind == "ram":
+        aim = (guided + 0.5 * a.reshape(-1, 1, 1, 1) * (target - v)).detach()
+        expected = mean_square(v - aim)
+    else:
+        ratio = (mean_square(rows.velocity - target) - mean_square(v - target)).exp()
+        expected = -a * ratio + 0.7 * mean_square(v - guided)
+    torch.testing.assert_close(found.rows, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradient(found.rows.mean(), model), gradient(expected.mean(), model), rtol=1e-3, atol=1e-5
+    )

@@ -409,7 +409,7 @@ def test_rollouts_off_a_shared_trunk_are_those_computed_one_by_one(model, batch,
 
 def family(layer, batch=10, steps=6):
     """Settings of a variant, with its name's own choices."""
-    return resolve({"sampler": {"steps": steps}, "optimizer": {"micro_batch": batch}}, layer)
+    return resolve({"algorithm": "aegpo", "sampler": {"steps": steps}, "optimizer": {"micro_batch": batch}}, layer)
 
 
 def branched(model, config, chosen, trunk="walked"):
@@ -698,3 +698,38 @@ def test_denoise_is_deterministic(model):
     conditions = model.encode(["a ring", "a ring"])
     first = denoise(model, x, conditions, torch.arange(2), SAMPLER).latents
     assert torch.equal(first, denoise(model, x, conditions, torch.arange(2), SAMPLER).latents)
+
+
+@pytest.mark.parametrize("probed", [False, True], ids=["own", "trunk"])
+def test_second_order_rollouts_without_noise_are_the_solver_step_by_step(model, probed):
+    """The finished latents that rows hold, by hand; the first of a prompt's rollouts is the probe's own trajectory."""
+    sampler = Sampler(steps=6, kind="ode", solver="dpm2m")
+    config = resolve({"algorithm": "aegpo-fast", "sampler": {"steps": 6}, "optimizer": {"micro_batch": 10}})
+    assert (config.sampler.kind, config.sampler.solver) == ("ode", "dpm2m")
+    conditions, trunk = model.encode([prompt.text for prompt in PROMPTS]), None
+    if probed:
+        trunk = probe(model, PROMPTS, conditions, config, 0, Memory())[1]
+    drawn = collect(model, PROMPTS, conditions, plan(), config, 3, trunk)
+    sigmas = model.sigmas(6).tolist()
+    for i, (prompt, number) in enumerate((p, n) for p, count in enumerate((2, 5, 3)) for n in range(count)):
+        on_trunk = probed and number == 0
+        key = (1, 0, PROMPTS[prompt].id, 0) if on_trunk else (0, 0, 3, PROMPTS[prompt].id, number, 0)
+        x, clean, before = noise((4, 8, 8), *key)[None], None, None
+        for at in range(6):
+            with torch.no_grad():
+                v = model.predict(x, torch.tensor(sigmas[at]), conditions, torch.tensor([prompt]), 1.0)
+            x, clean = dpmpp_2m(x, v, sigmas[at], sigmas[at + 1], clean, before)
+            before = sigmas[at]
+        own = drawn.transitions.rollout == i
+        assert own.any()
+        for latent in drawn.transitions.x_next[own]:
+            torch.testing.assert_close(latent, x[0], atol=2e-4, rtol=1e-4)
+    euler = collect(model, PROMPTS, conditions, plan(), replace(config, sampler=replace(sampler, solver="euler")), 3)
+    assert (euler.transitions.x_next - drawn.transitions.x_next).abs().max() > 0.05
+
+
+def test_evaluations_take_their_own_number_of_eulers_steps(model):
+    own = settings(Sampler(steps=9), batch=6)
+    fewer = replace(settings(Sampler(steps=4, kind="ode", solver="dpm2m"), batch=6), eval_steps=9)
+    assert np.array_equal(draw(model, PROMPTS, own), draw(model, PROMPTS, fewer))
+    assert not np.array_equal(draw(model, PROMPTS, own), draw(model, PROMPTS, replace(fewer, eval_steps=0)))

@@ -32,6 +32,7 @@ from aegpo.types import Judgement, Plan, Prompt, Rollouts, Signals, Transitions
 
 FEW = "few"  # three training prompts, so that a run of three steps visits them again
 SMALL = {
+    "algorithm": "aegpo",
     "steps": 3,
     "prompts_per_step": 2,
     "rollouts_per_step": 10,
@@ -184,8 +185,24 @@ def test_a_whole_run_by_the_command_line_and_what_it_leaves(tmp_path, capsys):
         {"sampler": {"kind": "cps", "shared_noise": True}, "exploration": {"rule": "window"}},
         {"allocation": {"rule": "proportional"}, "exploration": {"rule": "policy_noise"}},
         {"algorithm": "flow-grpo", "exploration": {"rule": "reward_spread", "k": 3}, "sampler": {"guidance": 2.0}},
+        {"algorithm": "flow-grpo", "optimizer": {"updates": 1, "keep_graphs": True}, "loss": {"reference_guidance": 2}},
+        {
+            "algorithm": "flow-grpo",
+            "sampler": {"shared_noise": True},
+            "optimizer": {"updates": 1, "keep_graphs": True},
+        },
+        {
+            "algorithm": "awm",
+            "optimizer": {"updates": 1, "keep_graphs": True},
+            "sampler": {"guidance": 2.0},
+            "exploration": {"k": 2},
+        },
+        {"algorithm": "aegpo-fast", "allocation": {"low": 3, "high": 7}},
     ],
-    ids=["matching", "flow-grpo", "shared", "shared-aegpo", "proportional", "reward-spread"],
+    ids=[
+        *("matching", "flow-grpo", "shared", "shared-aegpo", "proportional", "reward-spread"),
+        *("kept", "kept-shared", "kept-matching", "fast"),
+    ],
 )
 def test_a_run_costs_what_the_dry_run_says(tmp_path, capsys, changes):
     own = config(tmp_path, steps=1, reward=brightness(tmp_path), **changes)  # a reward that leaves no row out
@@ -445,7 +462,7 @@ def test_a_step_is_described_by_hand():
     base = torch.full((3, 3), 2.0, dtype=torch.float64)
     signals = Signals(base + torch.tensor([[1.0], [-2.0], [-2.0]]), base)
     scores, advantage = torch.tensor([1.0, 1, 0, 3, 3, 2, 2]), torch.tensor([0.0, 0, -1, 0, 1, 0, 0])
-    plain = resolve({"sampler": {"steps": 3}, "exploration": {"rule": "window", "k": 1}})
+    plain = resolve({"algorithm": "aegpo", "sampler": {"steps": 3}, "exploration": {"rule": "window", "k": 1}})
     courses = lay_out(plan, plain, [Prompt(i, "", {}) for i in range(3)], torch.tensor([1.0, 0.7, 0.4, 0]), 0)
     rollouts = Rollouts(np.zeros((7, 1, 1, 3), np.uint8), plan.group, courses, None)
     assert logbook.describe(plan, rollouts, signals, scores, advantage[:, None] * courses.explored) == {
@@ -495,7 +512,7 @@ def rows():
 
 def gradient(conditions, rows, **changes):
     """The gradient that an update leaves behind, before clipping could touch it."""
-    settings = resolve({"optimizer": {"updates": 1, "max_grad_norm": 1e9} | changes})
+    settings = resolve({"algorithm": "aegpo", "optimizer": {"updates": 1, "max_grad_norm": 1e9} | changes})
     model = models.load(settings.model)
     optimizer = torch.optim.SGD(model.trainable.values(), lr=0.0)
     counted = update(settings, model, optimizer, rows, conditions, 0, Quiet())
@@ -515,7 +532,7 @@ def test_rows_without_advantage_cost_no_forward_and_change_no_gradient(rows):
     conditions, full = rows
     counted, kept = gradient(conditions, full, micro_batch=100)
     assert counted["rows"] == 8
-    settings = resolve({})
+    settings = resolve({"algorithm": "aegpo"})
     model = models.load(settings.model)
     loss = objective(settings, model, full, conditions)
     (loss.rows.sum() / 12).backward()
@@ -548,7 +565,7 @@ def test_a_group_seen_together_keeps_those_of_no_advantage(rows):
 
 def test_a_step_in_which_no_group_differs_changes_nothing(rows):
     conditions, full = rows
-    settings = resolve({})
+    settings = resolve({"algorithm": "aegpo"})
     model = models.load(settings.model)
     before = [p.clone() for p in model.trainable.values()]
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=1.0)
@@ -666,13 +683,15 @@ def test_every_row_has_the_advantage_of_its_own_rollout(tmp_path, monkeypatch, b
 def test_the_learning_rate_falls_step_by_step_and_would_be_zero_after_the_last():
     falling = resolve({"steps": 4, "optimizer": {"lr": 0.1, "decay": "linear"}})
     assert [learning_rate(falling, step) for step in range(4)] == pytest.approx([0.1, 0.075, 0.05, 0.025])
-    assert learning_rate(resolve({"optimizer": {"lr": 0.1}}), 3) == 0.1
+    assert learning_rate(resolve({"algorithm": "aegpo", "optimizer": {"lr": 0.1}}), 3) == 0.1
 
 
 def test_a_long_gradient_is_shortened_and_its_length_reported(rows):
     """With a learning rate of 1 and plain SGD, the weights move by just that."""
     free, _ = gradient(*rows, micro_batch=100)
-    settings = resolve({"optimizer": {"updates": 1, "max_grad_norm": free["grad_norm"] / 4, "micro_batch": 100}})
+    settings = resolve(
+        {"algorithm": "aegpo", "optimizer": {"updates": 1, "max_grad_norm": free["grad_norm"] / 4, "micro_batch": 100}}
+    )
     model = models.load(settings.model)
     before = [p.clone() for p in model.trainable.values()]
     optimizer = torch.optim.SGD(model.trainable.values(), lr=1.0)
@@ -747,7 +766,7 @@ def test_a_resume_never_makes_the_record_untrue(tmp_path):
 
 def test_a_gradient_that_is_not_finite_is_never_stepped_on(rows):
     conditions, full = rows
-    settings = resolve({})
+    settings = resolve({"algorithm": "aegpo"})
     model = models.load(settings.model)
     before = [p.clone() for p in model.trainable.values()]
     optimizer = torch.optim.AdamW(model.trainable.values(), lr=1.0)
@@ -765,7 +784,7 @@ def test_rows_are_dealt_once_each_and_out_of_their_order(rows, monkeypatch):
         return objective(config, model, some, conditions)
 
     monkeypatch.setattr(train, "objective", spy)
-    settings, model = resolve({"optimizer": {"updates": 2}}), models.load(Config().model)
+    settings, model = resolve({"algorithm": "aegpo", "optimizer": {"updates": 2}}), models.load(Config().model)
     for step in (0, 0, 1):
         dealt.append([])
         update(settings, model, torch.optim.SGD(model.trainable.values(), lr=0.0), full, conditions, step, Quiet())
@@ -787,7 +806,7 @@ def test_two_updates_share_the_rows_between_them(rows):
             )
 
     for updates in (1, 2):
-        settings = resolve({"optimizer": {"updates": updates, "max_grad_norm": 1e9}})
+        settings = resolve({"algorithm": "aegpo", "optimizer": {"updates": updates, "max_grad_norm": 1e9}})
         model = models.load(settings.model)
         update(settings, model, Recorder(model.trainable.values(), lr=0.0), full, conditions, 0, Quiet())
     whole, one, other = seen

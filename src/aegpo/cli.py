@@ -351,16 +351,18 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     batches = (updates - longer) * math.ceil(share / most) + longer * math.ceil((share + 1) / most)
     probed, matching = needs_probe(config), config.sampler.kind == "ode"
     twice, guided = (2, " x 2 for guidance") if config.sampler.guidance != 1 else (1, "")
-    passes = {"forward": 1, "backward": 2}
+    kept = config.optimizer.keep_graphs
+    passes = {"backward": 2} if kept and not matching else {"forward": 1, "backward": 2}
     if needs_reference(config):
-        passes["reference"] = 1
-    if matching and needs_velocity(config):
+        alone = config.sampler.guidance == 1 and config.loss.reference_guidance not in (None, 1)
+        passes["reference" + " under guidance" * alone] = 2 if alone else 1
+    if matching and needs_velocity(config) and not kept:
         passes["before the update"] = 1
     evaluations, written = sum(passes.values()), " + ".join(f"{count} {what}" for what, count in passes.items())
     shared = config.sampler.shared_noise
     riders = prompts if matching else max(prompts, math.ceil((rollouts - (RIDERS - 1) * prompts) / RIDERS))  # at least
     branching = rollouts if shared else riders * probed  # rollouts that begin on their prompt's trunk, at least,
-    saved = branching * (steps if matching else 1)  # and what of them it has walked, at least
+    saved = branching * (steps if matching else 0 if kept else 1)  # and what of them it has walked, at least
     trunk = prompts * (steps if probed else shared)  # with as many rollouts leaving it at once as can
     sampling, probe, training = twice * (rollouts * steps - saved), twice * trunk, twice * rows * evaluations
     step = sampling + probe + training

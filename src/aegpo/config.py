@@ -290,7 +290,7 @@ class Config:
     prompts: Prompts = Prompts()
     reward: str = "world"
     """`world`, or a function of your own: `my_reward.py:score` or `my_package.module:score`."""
-    algorithm: str = "aegpo"
+    algorithm: str = "aegpo-fast"
     """The named variant: flow-grpo, flow-grpo-fast, dance-grpo, mix-grpo, mix-grpo-flash, branch-grpo, tempflow-grpo,
     grpo-guard, flow-dppo, e-grpo, diffusion-nft, awm, ram, dgpo, online-dpo, ddpo, aegpo, aegpo-fast or aegpo-paper
     (docs/algorithms.md); its choices lie under what is set beside it, over all else."""

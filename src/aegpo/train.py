@@ -209,9 +209,8 @@ def update(
     rows = rows[torch.isin(rows.unit, rows.unit[rows.advantage.cpu() != 0]).nonzero().flatten()]
     key = [SHUFFLE, config.seed, step]
     display.begin("update", len(rows))
-    totals: dict[str, float | None] = dict.fromkeys(("loss", "ratio/mean", "clip_fraction", "approx_kl"))
-    grad_norms = []
-    first_error = 0.0
+    totals: dict[str, Tensor] = {}
+    grad_norms, first_error = [], torch.zeros((), device=rows.x.device)
     for number, micros in enumerate(deal(rows.unit, config.optimizer.updates, config.optimizer.micro_batch, key)):
         if not micros:
             continue
@@ -226,10 +225,10 @@ def update(
                 value.backward()
             else:
                 slope.index_add_(0, part.graph.to(slope.device), torch.autograd.grad(value, known)[0])
-            for name, values in loss.metrics.items():
-                totals[name] = (totals.get(name) or 0.0) + values.sum().item()
+            for name, values in loss.metrics.items():  # kept where they are: reading one would wait for the device
+                totals[name] = totals.get(name, 0.0) + values.double().sum()
             if number == 0 and "ratio/mean" in loss.metrics:
-                first_error = max(first_error, (loss.metrics["ratio/mean"] - 1).abs().max().item())
+                first_error = torch.maximum(first_error, (loss.metrics["ratio/mean"] - 1).abs().max())
             display.advance(len(micro))
         pull_back(kept, slope, rows.graph)
         norm = nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm)
@@ -240,11 +239,12 @@ def update(
             )
         grad_norms.append(norm.item())
         optimizer.step()
-    means = {name: None if total is None else total / len(rows) for name, total in totals.items()}
+    means: dict[str, float | None] = dict.fromkeys(("loss", "ratio/mean", "clip_fraction", "approx_kl"))
+    means |= {name: total.item() / len(rows) for name, total in totals.items()}
     return means | {
         "rows": len(rows),
         "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
-        "ratio/first_error": None if means["ratio/mean"] is None else first_error,
+        "ratio/first_error": None if means["ratio/mean"] is None else first_error.item(),
         "lr": optimizer.param_groups[0]["lr"],
     }
 

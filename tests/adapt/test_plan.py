@@ -12,7 +12,7 @@ from aegpo.math.schedules import sd3
 from aegpo.types import Prompt, Signals
 
 PROMPTS = [Prompt(i, str(i), {}) for i in (7, 3, 5, 4)]
-LAYER = {"prompts_per_step": 4, "rollouts_per_step": 48, "exploration": {"rule": "entropy_peaks"}}
+LAYER = {"algorithm": "aegpo", "prompts_per_step": 4, "rollouts_per_step": 48, "exploration": {"rule": "entropy_peaks"}}
 SIGMAS = sd3(10)
 
 
@@ -121,8 +121,10 @@ def test_policy_noise_is_the_samplers_standard_deviation():
     s, after = SIGMAS[:-2].numpy(), SIGMAS[1:-1].numpy()
     below = np.where(s == 1, SIGMAS[1], s)
     flow = 0.7 * np.sqrt(s / (1 - below)) * np.sqrt(s - after)
-    np.testing.assert_allclose(policy_noise(resolve({"sampler": {"eta": 0.7}}), SIGMAS)[:-1], flow, rtol=1e-12)
-    cps = resolve({"sampler": {"kind": "cps", "eta": 0.6}})
+    np.testing.assert_allclose(
+        policy_noise(resolve({"algorithm": "aegpo", "sampler": {"eta": 0.7}}), SIGMAS)[:-1], flow, rtol=1e-12
+    )
+    cps = resolve({"algorithm": "aegpo", "sampler": {"kind": "cps", "eta": 0.6}})
     np.testing.assert_allclose(policy_noise(cps, SIGMAS)[:-1], after * np.sin(0.3 * np.pi), rtol=1e-12)
     assert policy_noise(cps, SIGMAS)[-1] == 0
     layer = {"allocation": {"rule": "uniform"}, "sampler": {"kind": "cps"}, "exploration": {"rule": "policy_noise"}}

@@ -114,8 +114,8 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
         (["train", "--steps", "-5"], "command line: steps: input should be greater than or equal to 0, got -5"),
         (["train", "--rollouts-per-step", "8"], "command line: rollouts_per_step: .* groups of one.* at least 16"),
         (
-            ["train", "--exploration.k", "10"],
-            "command line: exploration.k: 10 steps .* only 0 to 8 of 0 to 9 can; lower it, or raise sampler.steps",
+            ["train", "--algorithm", "aegpo", "--exploration.k", "10"],
+            "command line: exploration.k: 10 steps .* only 0 to 4 of 0 to 5 can; lower it, or raise sampler.steps",
         ),
         (["train", "--optimizer", "3"], "command line: optimizer is a group of settings \\(lr, .*\\), not 3"),
         (["train", "--model.lora.targets", "[to_q"], "command line: model.lora.targets: '\\[to_q' is not a YAML value"),
@@ -322,7 +322,7 @@ def test_command_line_over_recipe_over_algorithm_over_default(folder: Path, caps
 
 
 def test_values_are_read_as_yaml_and_text_as_it_stands(capsys: pytest.CaptureFixture[str]):
-    argv = ["--steps", "20", "--optimizer.lr", "3e-5", "--model.lora.targets", "[to_q,to_k]", "--sampler.guidance=4.5"]
+    argv = ["--steps", "20", "--optimizer.lr", "3e-5", "--model.lora.targets", "[to_q,to_k]", "--sampler.guidance=2.5"]
     argv += ["--optimizer.betas", "[0.5, 0.75]", "--prompts-per-step=6", "--output-dir", "2026-01-31"]
     argv += ["--reward", "my reward.py:score", "--optimizer.eps", "1.0e-6", "--model.path", "007", "--steps", "21"]
     config = resolved(argv, capsys)
@@ -330,7 +330,7 @@ def test_values_are_read_as_yaml_and_text_as_it_stands(capsys: pytest.CaptureFix
     assert config.optimizer.lr == 3e-5
     assert config.optimizer.eps == 1e-6
     assert config.model.lora.targets == ("to_q", "to_k")
-    assert config.sampler.guidance == 4.5
+    assert config.sampler.guidance == 2.5
     assert config.optimizer.betas == (0.5, 0.75)
     assert config.prompts_per_step == 6
     assert config.output_dir == "2026-01-31"
