@@ -6,17 +6,18 @@ python benchmarks/convergence.py [--json FILE] [--part hosts|composition ...] [-
 Every method trains all weights of the embedded model on the same 32 prompts. First its learning rate is chosen: with
 the seed SWEEP, at each of RATES, until SHORT network evaluations (the probe's and the base's among them; a backward
 counts as two) are spent; the one with the highest held-out reward then (AEGPO on a method of finished images, and on
-MixGRPO, takes its host's, and three seeds). With that it trains for each of SEEDS, and is
-judged at the marks: the same 144 held-out prompts, four images each, from the same noise for all. Flow-GRPO trains
-LONG, in its sweep too; the highest point of its mean curve is the target that all are measured by.
+MixGRPO, takes its host's, and three seeds). With that it trains for each of SEEDS, and is judged at the marks: the same
+144 held-out prompts, four images each, from the same noise for all. Flow-GRPO trains LONG, in its sweep too; the
+highest point of its mean curve is the target that all are measured by.
 
 A run's evaluations to the target are those of the first mark at which it is reached. Beside the median of the seeds
 stands what 2,000 bootstrap samples of the seeds leave in the middle 90 %. At the last mark 96 prompts are drawn too
 whose kinds no prompt of the training has (a colour beside a place or a number), and the held-out ones are judged once
 more by a stricter verifier: a policy that had learned to please the judge would fall behind there.
 
-The part `composition` takes ours apart, one choice at a time. Runs that stand in the JSON file already are not run
-again, so a stopped one goes on; each says of which commit it is.
+The part `composition` takes ours apart, one choice at a time; `pace` trains some with nothing beside them, for the
+seconds that an evaluation takes. Runs that stand in the JSON file already are not run again, so a stopped one goes on;
+each says of which commit and on what device it is.
 """
 
 import argparse
@@ -127,9 +128,10 @@ def as_its_host(name: str) -> bool:
 
 def train_one(part: str, name: str, rate: float, seed: int, micro_batch: int) -> dict[str, Any]:
     """One run; of the sweep, it is judged at its end alone."""
-    layers = [METHODS[name]] if part == "hosts" else [OURS, COMPOSITION[name]]
+    layers = [OURS, COMPOSITION[name]] if part == "composition" else [METHODS[name]]
     short = (LONG,) if name == "flow-grpo" else (EARLY[-1],) if name == "aegpo-fast" else (SHORT,)
     marks = short if seed == SWEEP else marks_of(name) if part == "hosts" else briefer(name)
+    marks = (SHORT // 2,) if part == "pace" else marks
     rest = {"optimizer": {"lr": rate, "micro_batch": micro_batch}}
     guard = part == "hosts" and seed != SWEEP and not is_brief(name)
     found = train_to(marks, PROMPTS, seed, COMMON, *layers, rest, guard=guard)
@@ -199,10 +201,16 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
                         if own[0]["guard"][way]
                     },
                 }
-    return {"target": reward, "half": half, "base": base, "methods": methods}
+    paces = {}
+    for run in runs:
+        if run["part"] == "pace":
+            paces[run["method"]] = 1000 * run["curve"][-1]["seconds"] / run["curve"][-1]["forwards"]
+    return {"target": reward, "half": half, "base": base, "seconds_per_1000_forwards": paces, "methods": methods}
 
 
 SPENT = ("forwards", "rollouts", "seconds")
+PARTS = ("hosts", "composition", "pace")
+PACED = ("flow-grpo", GUIDED, "aegpo-fast")
 
 
 def written(values: list[float | None]) -> str:
@@ -274,7 +282,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--part", nargs="+", default=["hosts", "composition"], choices=["hosts", "composition"])
+    parser.add_argument("--part", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--only", nargs="+", metavar="METHOD", help="these alone")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after so many")
@@ -353,10 +361,16 @@ def main() -> None:
     if "composition" in asked.part:
         wanted += [lambda n=name, s=seed: ours(n, s) for seed in SEEDS[:3] for name in COMPOSITION]
     run_all(wanted)
+    if "pace" in asked.part:  # with nothing beside it
+        asked.workers = 1
+        for name in PACED:
+            run_all([lambda n=name: ("pace", n, best_rates(runs)[n], SEEDS[0])])
     keep()
     if found := summary(runs):
         print(f"target {found['target']:.4f}, halfway {found['half']:.4f}, base {found['base']:.4f}")
         Console(width=200).print(table(found, runs))
+        for name, pace in found["seconds_per_1000_forwards"].items():
+            print(f"{name}: {pace:.2f} s for 1,000 evaluations, alone on the machine")
         if asked.figure:
             draw(runs, asked.figure)
 
