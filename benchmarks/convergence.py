@@ -94,7 +94,6 @@ COMPOSITION: dict[str, dict[str, Any]] = {
     "reference without guidance": {"loss": {"reference_guidance": None}},
     "no reward: guidance distilled alone": {"loss": {"beta": 1e-6}},
     "no reward, to the end": {"loss": {"beta": 1e-6}},
-    "beta 3": {"loss": {"beta": 3.0}},
     "ten Euler steps": {"sampler": {"steps": 10, "solver": "euler"}},
     "four levels a rollout": {"exploration": {"k": 4}},
     "96 rollouts a step": {"rollouts_per_step": 96, "allocation": {"low": 8, "high": 16}},
@@ -118,7 +117,7 @@ def is_brief(name: str) -> bool:
 
 def briefer(name: str) -> tuple[int, ...]:
     """Marks of a part of ours: where the reward begins to count shows late."""
-    return (*BRIEFER, 16_000, 24_000) if name in ("beta 3", "no reward, to the end") else BRIEFER
+    return (*BRIEFER, 16_000, 24_000) if name == "no reward, to the end" else BRIEFER
 
 
 def as_its_host(name: str) -> bool:

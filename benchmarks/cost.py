@@ -25,10 +25,10 @@ from rich.table import Table
 
 BASE = {"rollouts": 48, "prompts": 4, "image tokens": 64, "layers": 4}
 VARIED = {
-    "rollouts": (24, 48, 96, 192),
+    "rollouts": (24, 48, 96),
     "prompts": (2, 4, 8, 16),
-    "image tokens": (16, 64, 256, 1024),
-    "layers": (2, 4, 8, 16),
+    "image tokens": (16, 64, 256),
+    "layers": (2, 4, 8),
 }
 COSTS = ("evaluations", "seconds", "MB")
 
