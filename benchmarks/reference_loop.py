@@ -79,7 +79,7 @@ def sample(
             latents.append(x)
         vae = pipe.vae
         pixels = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor).sample
-        pixels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        pixels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         drawn.append(Samples(torch.stack(latents, 1), torch.stack(log_probs, 1), embeds, pooled, pixels))
     return drawn
 
