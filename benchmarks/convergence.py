@@ -36,7 +36,7 @@ import torch
 from demo import git
 from rich.console import Console
 from rich.table import Table
-from trial import train_to
+from trial import base_under, train_to
 
 from aegpo.algorithms import merge
 
@@ -69,7 +69,7 @@ OURS: dict[str, Any] = {
 
 
 def with_aegpo(host: str) -> dict[str, Any]:
-    """A host's own choices, but AEGPO's allocation and, where it takes noise, the steps that spread rewards most."""
+    """A host's own choices, but AEGPO's allocation and four steps: those that spread rewards most, or random levels."""
     explored = {"rule": "reward_spread", "k": 4} if host in NOISY else {"rule": "random"}
     return {"algorithm": host, "allocation": {"rule": "median_split"}, "exploration": explored}
 
@@ -82,6 +82,8 @@ METHODS[GUIDED] = merge(
     with_aegpo("flow-grpo"),
     {"loss": {"kl": 1.0, "kl_of": "velocity", "reference_guidance": 3.0}, "optimizer": {"ema": 0.0}},
 )
+ALONE = "flow-grpo, guided reference"
+METHODS[ALONE] = {"algorithm": "flow-grpo", "loss": METHODS[GUIDED]["loss"], "optimizer": {"ema": 0.0}}
 FIRST = {name: METHODS.pop(name) for name in ("flow-grpo", "aegpo on flow-grpo")}
 METHODS = FIRST | {"aegpo": {"algorithm": "aegpo"}, "aegpo-fast": OURS} | METHODS
 
@@ -112,7 +114,7 @@ def marks_of(name: str) -> tuple[int, ...]:
 
 def is_brief(name: str) -> bool:
     """Whether a method's runs end at SHORT and are not judged in other ways: those that learn fast."""
-    return name in (GUIDED, "aegpo on mix-grpo") or any(name.startswith((h, f"aegpo on {h}")) for h in MATCHING)
+    return name in (GUIDED, ALONE, "aegpo on mix-grpo") or any(name.startswith((h, f"aegpo on {h}")) for h in MATCHING)
 
 
 def briefer(name: str) -> tuple[int, ...]:
@@ -121,8 +123,8 @@ def briefer(name: str) -> tuple[int, ...]:
 
 
 def as_its_host(name: str) -> bool:
-    """Whether AEGPO on a host takes the host's rate, and three of the seeds."""
-    return is_brief(name) and name.startswith("aegpo on ") and name != GUIDED
+    """Whether a method takes another's rate, and three of the seeds."""
+    return is_brief(name) and name.startswith("aegpo on ") and name != GUIDED or name == ALONE
 
 
 def train_one(part: str, name: str, rate: float, seed: int, micro_batch: int) -> dict[str, Any]:
@@ -288,9 +290,10 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=96, help="rows in a forward; results do not depend on it")
     parser.add_argument("--figure", type=Path, help="draw the curves into this file")
     asked = parser.parse_args()
-    began, runs = time.monotonic(), []
+    began, runs, guided = time.monotonic(), [], None
     if asked.json and asked.json.exists():
-        runs = json.loads(asked.json.read_text())["results"]["runs"]
+        before = json.loads(asked.json.read_text())["results"]
+        runs, guided = before["runs"], before.get("base_under_guidance")
     commit = os.environ.setdefault("AEGPO_COMMIT", git("rev-parse", "HEAD"))
     about = {
         "commit": commit,
@@ -338,12 +341,13 @@ def main() -> None:
     def keep() -> None:
         if asked.json:
             aside = asked.json.with_suffix(".partial")
-            results = summary(runs) | {"runs": runs}
+            results = summary(runs) | {"base_under_guidance": guided, "runs": runs}
             aside.write_text(json.dumps(about | {"results": results}) + "\n")
             aside.replace(asked.json)
 
     def at_best(name: str, seed: int) -> tuple[str, str, float, int] | None:
-        rate = best_rates(runs).get(name.removeprefix("aegpo on ") if as_its_host(name) else name)
+        other = GUIDED if name == ALONE else name.removeprefix("aegpo on ")
+        rate = best_rates(runs).get(other if as_its_host(name) else name)
         return None if rate is None else ("hosts", name, rate, seed)
 
     def ours(name: str, seed: int) -> tuple[str, str, float, int] | None:
@@ -361,12 +365,14 @@ def main() -> None:
         wanted += [lambda n=name, s=seed: ours(n, s) for seed in SEEDS[:3] for name in COMPOSITION]
     run_all(wanted)
     if "pace" in asked.part:  # with nothing beside it
-        asked.workers = 1
+        asked.workers, guided = 1, base_under(3.0, COMMON)
         for name in PACED:
             run_all([lambda n=name: ("pace", n, best_rates(runs)[n], SEEDS[0])])
     keep()
     if found := summary(runs):
         print(f"target {found['target']:.4f}, halfway {found['half']:.4f}, base {found['base']:.4f}")
+        if guided:
+            print(f"the base under guidance 3: {guided:.4f}")
         Console(width=200).print(table(found, runs))
         for name, pace in found["seconds_per_1000_forwards"].items():
             print(f"{name}: {pace:.2f} s for 1,000 evaluations, alone on the machine")

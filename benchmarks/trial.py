@@ -124,6 +124,18 @@ def train_to(
     }
 
 
+def base_under(guidance: float, *layers: dict[str, Any]) -> float:
+    """The held-out reward of the base policy under guidance, which costs two evaluations where the others take one."""
+    from aegpo import models, rewards
+    from aegpo.config import resolve
+    from aegpo.data import load_prompts
+    from aegpo.evaluation import evaluate
+
+    config = resolve(*layers, {"algorithm": "flow-grpo", "sampler": {"guidance": guidance}, "seed": 0})
+    judged = evaluate(config, models.load(config.model), load_prompts("world", "eval"), rewards.load(config.reward))
+    return judged["eval/reward_mean"]
+
+
 def unseen(count: int = 96) -> list[Any]:
     """Prompts of kinds that no task has: a position with colours, and a number with a colour."""
     from aegpo.types import Prompt

@@ -330,7 +330,12 @@ def test_every_choice_of_a_rule_is_accepted():
         ({"algorithm": "flow-grpo", "loss": {"kind": "nft"}}, "loss.kind: nft is of finished images"),
         ({"algorithm": "awm", "loss": {"kind": "guard"}}, "loss.kind: rollouts of sampler.kind ode"),
         ({"algorithm": "awm", "sampler": {"compress": 0.5}}, "sampler.compress: rollouts of sampler.kind ode"),
-        ({"algorithm": "aegpo-fast", "sampler": {"guidance": 4.5}}, "loss.reference_guidance: 3.0 is below"),
+        ({"algorithm": "aegpo-fast", "sampler": {"guidance": 4.5}}, "loss.reference_guidance: 3.0, up to which aegpo"),
+        ({"algorithm": "awm", "loss": {"kl": 0, "reference_guidance": 2}}, "loss.reference_guidance: clip without"),
+        (
+            {"algorithm": "online-dpo", "optimizer": {"updates": 1, "keep_graphs": True}},
+            "optimizer.keep_graphs: advantage.best_of",
+        ),
         (
             {"algorithm": "awm", "optimizer": {"keep_graphs": True}},
             "optimizer.keep_graphs: the graphs are of the weights",

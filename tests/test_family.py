@@ -173,6 +173,15 @@ def test_naming_an_algorithm_settles_every_choice_that_another_could_have_made()
         assert algorithm.paper in PAPERS
 
 
+def test_the_default_is_ours_and_what_it_is_said_to_be():
+    config = resolve()
+    assert config.algorithm == "aegpo-fast"
+    assert (config.sampler.kind, config.sampler.solver, config.sampler.guidance) == ("ode", "dpm2m", 1)
+    assert (config.allocation.rule, config.probe.queries, config.probe.keys) == ("median_split", "image", "text")
+    assert (config.exploration.rule, config.exploration.k, config.optimizer.updates) == ("random", 1, 1)
+    assert (config.loss.kind, config.loss.beta, config.loss.reference_guidance, config.loss.kl) == ("ram", 1, 3, 0)
+
+
 def test_nothing_in_the_loop_names_an_algorithm():
     loop = Path(build.__file__).with_name("train.py").read_text().lower()
     loop = re.sub(r"from aegpo|`aegpo\.", "", loop)

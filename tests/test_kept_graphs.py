@@ -1,8 +1,13 @@
 """What is drawn with its graph, and pulled back once the reward is known, is the update that computes it anew."""
 
+import weakref
+from dataclasses import asdict
+
 import pytest
 import torch
 
+import aegpo.train
+from aegpo import models, rewards
 from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan
 from aegpo.config import needs_probe, resolve
@@ -116,6 +121,40 @@ def _reached(part, kept, drawn):
         at += len(other)
     own = (kept.transitions.graph >= at) & (kept.transitions.graph < at + len(part))
     return bool((kept.transitions.prompt[own] != 1).any())
+
+
+def test_only_what_is_trained_is_kept_and_no_forward_is_larger_than_a_micro_batch(moved_policy):
+    """DanceGRPO trains 60 % of its noisy steps: 3 of 5."""
+    config = step_of("dance-grpo", True)
+    assert config.exploration.share == 0.6
+    drawn = gradient_of(moved_policy, config, SCORES)[4]
+    assert sum(len(part) for part in drawn.kept) == len(drawn.transitions) == 9 * 3
+    assert max(len(part) for part in drawn.kept) <= 4
+    assert sorted(drawn.transitions.graph.tolist()) == list(range(9 * 3))
+
+
+def test_no_graph_outlives_its_step(tmp_path, monkeypatch):
+    """Rewards that are all equal leave every graph unused, and still none is there when the step is over."""
+    (tmp_path / "flat.py").write_text("def score(images, prompts):\n    return [0.5] * len(images)\n")
+    drawn, alive = [], []
+
+    def watched(*given, **named):
+        found = collect(*given, **named)
+        drawn.extend(weakref.ref(part) for part in found.kept)
+        return found
+
+    class Watcher(Silent):
+        def step(self, metrics):
+            alive.append([ref() is not None for ref in drawn])
+
+    monkeypatch.setattr(aegpo.train, "collect", watched)
+    layer = {"steps": 1, "eval_images": 1, "eval_every": 0, "output_dir": str(tmp_path / "run"), "save_every": 9}
+    config = resolve(asdict(step_of("flow-grpo", True)), layer)
+    prompts = load_prompts("world", "train")[:3]
+    reward = rewards.load(f"{tmp_path / 'flat.py'}:score")
+    (tmp_path / "run").mkdir()
+    aegpo.train.train(config, models.load(config.model), prompts, prompts[:1], reward, tmp_path / "run", Watcher())
+    assert len(drawn) > 5 and alive[-1] == [False] * len(drawn)
 
 
 def test_only_one_update_of_the_weights_that_draw():

@@ -198,10 +198,18 @@ def test_a_whole_run_by_the_command_line_and_what_it_leaves(tmp_path, capsys):
             "exploration": {"k": 2},
         },
         {"algorithm": "aegpo-fast", "allocation": {"low": 3, "high": 7}},
+        {
+            "algorithm": "aegpo",
+            "allocation": {"low": 3, "high": 7},
+            "exploration": {"k": 2},
+            "sampler": {"shared_noise": True},
+            "optimizer": {"updates": 1, "keep_graphs": True},
+        },
+        {"algorithm": "awm", "advantage": {"best_of": 2}, "exploration": {"k": 2}},
     ],
     ids=[
         *("matching", "flow-grpo", "shared", "shared-aegpo", "proportional", "reward-spread"),
-        *("kept", "kept-shared", "kept-matching", "fast"),
+        *("kept", "kept-shared", "kept-matching", "fast", "kept-spread", "best-of"),
     ],
 )
 def test_a_run_costs_what_the_dry_run_says(tmp_path, capsys, changes):

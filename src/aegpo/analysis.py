@@ -20,7 +20,7 @@ from torch import Tensor
 from aegpo.adapt.exploration import explore
 from aegpo.adapt.plan import policy_noise
 from aegpo.checkpoint import load_weights, step_of
-from aegpo.config import SPREAD_ROLLOUTS, Config, with_noise
+from aegpo.config import SPREAD_ROLLOUTS, Config, eval_steps, with_noise
 from aegpo.evaluation import draw_and_judge, evenly_spaced
 from aegpo.models.base import Denoiser
 from aegpo.rewards import Reward
@@ -100,7 +100,7 @@ def analyze(
 def evaluations(config: Config, prompts: int, stages: int) -> int:
     """Network evaluations that `analyze` takes for so many prompts and stages of the policy, the base among them."""
     steps, some = config.sampler.steps, min(prompts, SPREAD_OVER)
-    followed = stages * prompts * steps * (1 + config.eval_images)
+    followed = stages * prompts * (steps + config.eval_images * eval_steps(config))
     read = some * steps * (2 + (stages > 1))
     spread = some * SPREAD_ROLLOUTS * steps * (steps - 1) // 2
     return (followed + read + spread) * (1 if config.sampler.guidance == 1 else 2)

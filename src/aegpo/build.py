@@ -20,7 +20,7 @@ from rich.table import Table
 from aegpo import checkpoint, rewards, world
 from aegpo.analysis import analyze as measure
 from aegpo.analysis import evaluations, read_entropy
-from aegpo.config import Config, dump_yaml, load_yaml, needs_probe, resolve, with_noise
+from aegpo.config import Config, dump_yaml, eval_steps, load_yaml, needs_probe, resolve, with_noise
 from aegpo.data import load_prompts, named
 from aegpo.display import Display, bar
 from aegpo.evaluation import evaluate as evaluate_policy
@@ -127,7 +127,7 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
     side = config.model.resolution or None
     image = pipe(
         prompt,
-        num_inference_steps=config.sampler.steps,
+        num_inference_steps=eval_steps(config),
         guidance_scale=config.sampler.guidance,
         max_sequence_length=text_tokens(config.model, pipe),
         height=side,
@@ -337,6 +337,7 @@ def _refuse_another_course(start: Path, config: Config) -> None:
         "seed": (before.seed, config.seed),
         "algorithm": (before.algorithm, config.algorithm),
         "sampler.steps": (before.sampler.steps, config.sampler.steps),
+        "eval_steps": (eval_steps(before), eval_steps(config)),
     }
     for name, (was, now) in kept.items():
         if was != now:

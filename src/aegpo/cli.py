@@ -356,15 +356,14 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     if needs_reference(config):
         alone = config.sampler.guidance == 1 and config.loss.reference_guidance not in (None, 1)
         passes["reference" + " under guidance" * alone] = 2 if alone else 1
-    if matching and needs_velocity(config) and not kept:
-        passes["before the update"] = 1
+    before = rollouts * explored if matching and needs_velocity(config) and not kept else 0  # of all, even if few learn
     evaluations, written = sum(passes.values()), " + ".join(f"{count} {what}" for what, count in passes.items())
     shared = config.sampler.shared_noise
     riders = prompts if matching else max(prompts, math.ceil((rollouts - (RIDERS - 1) * prompts) / RIDERS))  # at least
     branching = rollouts if shared else riders * probed  # rollouts that begin on their prompt's trunk, at least,
     saved = branching * (steps if matching else 0 if kept else 1)  # and what of them it has walked, at least
     trunk = prompts * (steps if probed else shared)  # with as many rollouts leaving it at once as can
-    sampling, probe, training = twice * (rollouts * steps - saved), twice * trunk, twice * rows * evaluations
+    sampling, probe, training = twice * (rollouts * steps - saved), twice * trunk, twice * (rows * evaluations + before)
     step = sampling + probe + training
     few = min(SPREAD_PROMPTS, prompts)
     measured = math.ceil(config.steps / SPREAD_EVERY) if needs_spread(config) else 0
@@ -389,7 +388,11 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
         ("micro-batches", f"of at most {most} rows", batches),
         ("sampling evaluations", f"{rollouts} rollouts x {steps} steps{from_trunk}{guided}{bound}", sampling),
         ("trunk evaluations", f"{prompts} prompts x {trunk // prompts} steps{guided}" if trunk else "no trunk", probe),
-        ("training evaluations", f"{rows} rows x ({written}){guided}, at most", training),
+        (
+            "training evaluations",
+            f"{rows} rows x ({written})" + f" + {before} before" * bool(before) + f"{guided}, at most",
+            training,
+        ),
         ("evaluations a step", "at most", step),
         ("base probe", "the same for the base, at a prompt's first visit" if probed else "no rule needs it", base),
         (

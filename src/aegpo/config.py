@@ -96,16 +96,16 @@ class Sampler:
     """How an image is drawn (arXiv 2505.05470, 2505.07818, 2509.05952, 2507.21802, 2305.13301)."""
 
     steps: Pair = 10
-    """Denoising steps of rollouts and evaluations."""
+    """Denoising steps of rollouts."""
     kind: Literal["flow_sde", "dance_sde", "cps", "ddim", "dpm_sde", "ode"] = "flow_sde"
     """The noisy transition at explored steps; all others are ODE. With `ode` rollouts are ODE throughout, and an
     explored step is a noise level to which the finished image is brought back and trained at, as in advantage-weighted
-    matching (arXiv 2509.25050) and its kin; `loss.clip_low` and `clip_high` then belong near 0.1, with an anchor,
-    `loss.kl`, as in the recipe `world`."""
+    matching (arXiv 2509.25050) and its kin; under `loss.kind: clip`, `clip_low` and `clip_high` then belong near 0.1,
+    with an anchor, `loss.kl`, as in the algorithm `awm`."""
     eta: Positive = 0.7
     """Noise scale of that transition, at most 1 for `cps` and `ddim`; `dpm_sde` and `ode` have none."""
     guidance: AtLeastOne = 1.0
-    """Classifier-free guidance, the same in rollouts and training; 1 is off and costs half."""
+    """Classifier-free guidance of the policy, in rollouts, training and evaluations; 1 is off and costs half."""
     shared_noise: Switch = False
     """Start all rollouts of a prompt from the same noise (arXiv 2505.07818). Until the first explored step they are one
     trajectory then, and it is computed once."""
@@ -312,7 +312,7 @@ class Config:
     eval_images: Count = 2
     """Images drawn for each held-out prompt."""
     eval_steps: Size = 0
-    """Denoising steps of evaluations; 0: those of rollouts."""
+    """Denoising steps of evaluations, and of the pictures that `sample` draws; 0: those of rollouts."""
     save_every: Count = 1
     """Steps between checkpoints; a killed run loses at most so many."""
     checkpoints_total_limit: Count = 2
@@ -344,6 +344,11 @@ def resolve(*layers: dict[str, Any]) -> Config:
         raise ValueError(_one_line(error)) from None
     _check_budget(config)
     return config
+
+
+def eval_steps(config: Config) -> int:
+    """Denoising steps of what is drawn to be looked at: evaluations, and the pictures of `sample`."""
+    return config.eval_steps or config.sampler.steps
 
 
 def needs_probe(config: Config) -> bool:
@@ -461,15 +466,33 @@ def _check_budget(config: Config) -> None:
             )
     _check_sampler(config)
     _check_exploration(config)
-    if config.loss.reference_guidance is not None and config.loss.reference_guidance < config.sampler.guidance:
-        raise ValueError(
-            f"loss.reference_guidance: {config.loss.reference_guidance} is below sampler.guidance, "
-            f"{config.sampler.guidance}, so the policy would learn to need more of it; raise it, or leave it null"
-        )
+    _check_reference(config)
     if config.optimizer.keep_graphs and (config.optimizer.updates > 1 or config.optimizer.behaviour):
         raise ValueError(
             "optimizer.keep_graphs: the graphs are of the weights that draw the rollouts, so they serve one update of "
             "those; set optimizer.updates 1 and optimizer.behaviour 0"
+        )
+    if config.optimizer.keep_graphs and config.advantage.best_of:
+        raise ValueError(
+            "optimizer.keep_graphs: advantage.best_of leaves most rollouts out of the update once their rewards are "
+            "known, but their graphs would be kept till then; set advantage.best_of 0, or leave this false"
+        )
+
+
+def _check_reference(config: Config) -> None:
+    guidance, loss = config.loss.reference_guidance, config.loss
+    if guidance is None:
+        return
+    if guidance < config.sampler.guidance:
+        raise ValueError(
+            f"loss.reference_guidance: {guidance}, up to which {config.algorithm} learns to do without guidance, is "
+            f"below sampler.guidance, {config.sampler.guidance}; leave sampler.guidance 1, or choose an algorithm that "
+            "keeps it, such as aegpo"
+        )
+    if loss.kind != "ram" and not loss.kl:
+        raise ValueError(
+            f"loss.reference_guidance: {loss.kind} without loss.kl does not pull to the base policy, so its guidance "
+            "would not be learned; set loss.kl, or leave this null"
         )
 
 

@@ -18,6 +18,7 @@ from aegpo.config import (
     RIDERS,
     Config,
     Sampler,
+    eval_steps,
     needs_velocity,
 )
 from aegpo.math.solvers import dpmpp_2m
@@ -310,7 +311,7 @@ def joined(parts: Sequence[Trunk]) -> Trunk:
 
 def draw(model: Denoiser, prompts: Sequence[Prompt], config: Config) -> np.ndarray:
     """`eval_images` pictures of each prompt by ODE, always from the same noise; uint8 (prompts x images, H, W, 3)."""
-    sampler = replace(config.sampler, steps=config.eval_steps or config.sampler.steps, solver="euler")
+    sampler = replace(config.sampler, steps=eval_steps(config), solver="euler")
     pictures = []
     wanted = [(prompt, i) for prompt in prompts for i in range(config.eval_images)]
     for at in range(0, len(wanted), config.optimizer.micro_batch):

@@ -6,6 +6,7 @@ It knows no algorithm by name. A variant is a choice of sampler, allocation, exp
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -141,6 +142,7 @@ def train(
             parameters["lr"] = learning_rate(config, step)
         rows = rollouts.transitions.judged(advantage, taught)
         learned = update(config, model, optimizer, rows, conditions, step, display, rollouts.kept)
+        rollouts = replace(rollouts, kept=())  # or the graphs of what taught nothing would stand beside the next ones
         if behaviour is not None:
             follow(behaviour, model, min(config.optimizer.behaviour_ramp * (step + 1), config.optimizer.behaviour))
         if average:

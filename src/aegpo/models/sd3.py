@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,11 +119,11 @@ class SD3:
             ).sample
         velocity = velocity.float()
         if velocity.requires_grad:
-            velocity.register_hook(lambda _: self._count(2 * len(x)))
+            velocity.register_hook(partial(self._count_backward, len(x)))
         return velocity
 
-    def _count(self, evaluations: int) -> None:
-        self.forwards += evaluations
+    def _count_backward(self, rows: int, _slope: Tensor) -> None:
+        self.forwards += 2 * rows
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> np.ndarray:

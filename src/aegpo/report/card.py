@@ -99,7 +99,7 @@ def _pictures(record: RunRecord) -> str:
 def _loading(record: RunRecord) -> str:
     lines = _loading_lora(record) if _is_lora(record) else _loading_full(record)
     arguments = {
-        "num_inference_steps": record.setting("sampler.steps"),
+        "num_inference_steps": record.setting("eval_steps") or record.setting("sampler.steps"),
         "guidance_scale": record.setting("sampler.guidance"),
     }
     arguments["max_sequence_length"] = record.setting("model.text_tokens")
