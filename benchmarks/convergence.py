@@ -124,7 +124,7 @@ def briefer(name: str) -> tuple[int, ...]:
 
 def as_its_host(name: str) -> bool:
     """Whether a method takes another's rate, and three of the seeds."""
-    return is_brief(name) and name.startswith("aegpo on ") and name != GUIDED or name == ALONE
+    return (is_brief(name) and name.startswith("aegpo on ") and name != GUIDED) or name == ALONE
 
 
 def train_one(part: str, name: str, rate: float, seed: int, micro_batch: int) -> dict[str, Any]:
