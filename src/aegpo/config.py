@@ -267,7 +267,7 @@ class Optimizer:
     keep_graphs: Switch = False
     """Draw what is to be trained with its graph and keep that until the reward is known, so that the update needs no
     forward of its own (LeanGRPO, arXiv 2609.03528): exact where there is one update a step. It takes the memory of
-    all rows of the step at once."""
+    all rows of the step at once. Under `ode` it saves an evaluation a row where the loss looks at the old policy's."""
     micro_batch: Count = 48
     """Rows (and rollouts) in one forward; `loss.kind: dgpo` keeps a prompt's whole group at a noise level together,
     even where that is more."""
