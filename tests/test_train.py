@@ -515,6 +515,7 @@ def rows():
         weight=torch.ones(count),
         advantage=torch.linspace(-1, 1, count).where(torch.arange(count) % 3 != 0, 0.0),
         unit=torch.arange(count),
+        graph=torch.full((count,), -1),
     )
 
 
@@ -787,9 +788,9 @@ def test_rows_are_dealt_once_each_and_out_of_their_order(rows, monkeypatch):
     conditions, full = rows
     dealt = []
 
-    def spy(config, model, some, conditions):
+    def spy(config, model, some, conditions, v):
         dealt[-1] += some.advantage.tolist()  # a name for a row
-        return objective(config, model, some, conditions)
+        return objective(config, model, some, conditions, v)
 
     monkeypatch.setattr(train, "objective", spy)
     settings, model = resolve({"algorithm": "aegpo", "optimizer": {"updates": 2}}), models.load(Config().model)

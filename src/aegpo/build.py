@@ -189,7 +189,7 @@ def analyze(
             f".txt with one prompt a line, or a .jsonl"
         )
     over = (dict(settings or {}), _given(prompts, reward), {"eval_images": images})
-    plain = {"allocation": {"rule": "uniform"}, "exploration": {"rule": "all"}}  # these are not used, so never wrong
+    plain = {"algorithm": "flow-grpo"}  # whose choices are not used, so never wrong; its sampler has noise
     config = _config(run, *over) if trained else resolve(plain, *over, {"model": {"path": model}})
     option = prompts and "--prompts"
     asked = _prompts(config, "eval", option)

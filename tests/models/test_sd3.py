@@ -147,8 +147,12 @@ def test_forwards_count_samples_guidance_and_backwards():
     with torch.no_grad():
         model.predict(x, torch.tensor(0.5), conditions, torch.arange(3), 2.0)
     assert model.forwards == 9
-    model.predict(x, torch.tensor(0.5), conditions, torch.arange(3), 1.0)
+    velocity = model.predict(x, torch.tensor(0.5), conditions, torch.arange(3), 1.0)
+    assert model.forwards == 12
+    velocity.sum().backward()
     assert model.forwards == 18
+    model.predict(x, torch.tensor(0.5), conditions, torch.arange(3), 2.0).sum().backward()
+    assert model.forwards == 18 + 3 * 6
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
