@@ -265,7 +265,9 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         color = "black" if name == "aegpo-fast" else f"C{(*NOISY, *MATCHING).index(host)}"
         style = ":" if name == "aegpo" or "," in name else "-" if name.startswith("aegpo") else "--"
         own = finals(runs, "hosts", name)
-        for axis, what in zip(axes, SPENT, strict=True):
+        style = "-." if name == ALONE else style
+        timed = any(run["device"] != "cpu" for run in own)  # a CPU's seconds are not set beside a GPU's
+        for axis, what in zip(axes if timed else axes[:2], SPENT, strict=False):
             spent = np.mean([[point[what] for point in run["curve"][1:]] for run in own], axis=0)
             gained = np.mean([[point["reward"] for point in run["curve"][1:]] for run in own], axis=0)
             axis.plot(spent, gained, label=name, color=color, linestyle=style, linewidth=2 if color == "black" else 1.2)
@@ -273,7 +275,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         axis.set(xscale="log", xlabel=f"{what} spent on training")
         axis.axhline(target(runs), color="grey", linewidth=0.8)
     axes[0].set_ylabel("held-out reward")
-    axes[2].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right center")
     figure.savefig(path, dpi=130)
 
 
