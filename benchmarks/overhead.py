@@ -164,6 +164,11 @@ def measure_peak(name: str, how: str, given: str) -> float:
     step = Step(name, Plan(**{key: torch.tensor(value) for key, value in json.loads(given).items()}))
     for _ in range(2):
         step.take(how)
+    return peak_mb()
+
+
+def peak_mb() -> float:
+    """Peak memory of this process so far, or of the GPU if there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")  # getrusage would give the peak of the parent, where that was larger

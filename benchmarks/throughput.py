@@ -12,7 +12,6 @@ back alone: the whole step says what that is worth. Peak memory is that of a pro
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ import numpy as np
 import reference_loop
 import torch
 from demo import git
+from overhead import Silent, peak_mb, synchronize
 from peft.tuners.lora import Linear as LoraLinear
 from rich.console import Console
 from rich.table import Table
@@ -133,19 +133,6 @@ class Step:
         return {"rollouts": drew - began, "update": time.perf_counter() - drew, "gradient": gradient, "ratio": worst}
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-class Silent:
-    def begin(self, what: str, total: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def step(self, metrics: dict[str, Any]) -> None: ...
-
-
 def gradient_error() -> float:
     """The largest difference of a gradient from the reference loop's over the largest one, in the worst weight."""
     gradients = {kind: Step(96, kind).take(kind)["gradient"] for kind in KINDS}
@@ -170,12 +157,7 @@ def measure_peak(kind: str, micro_batch: int) -> float:
     step = Step(micro_batch, kind)
     for _ in range(2):
         step.take(kind)
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")  # getrusage would give the peak of the parent, where that was larger
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # of macOS, in bytes
+    return peak_mb()
 
 
 def main() -> None:
