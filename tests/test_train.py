@@ -236,7 +236,8 @@ def drawn_by_the_card(run, seed):
 
 
 def test_the_card_of_a_fully_trained_run_draws_what_sample_draws(tmp_path):
-    build.run(config(tmp_path, steps=1, model={"train": "full"}, sampler={"guidance": 3.0}))
+    build.run(config(tmp_path, steps=1, model={"train": "full"}, sampler={"guidance": 3.0}, eval_steps=7))
+    assert "num_inference_steps=7" in (tmp_path / "run" / "README.md").read_text()  # an evaluation's, not a rollout's 4
     build.sample(tmp_path / "run", "a red circle above a blue square", tmp_path / "x.png", 5)
     assert (drawn_by_the_card(tmp_path / "run", seed=5) == np.asarray(Image.open(tmp_path / "x.png"))).all()
 
@@ -757,6 +758,7 @@ def test_a_resume_never_makes_the_record_untrue(tmp_path):
     for changes, said in (
         ({"seed": 3}, "seed: the run in .* has seed 0, not 3; start another --output-dir"),
         ({"algorithm": "flow-grpo"}, "algorithm: the run in .* has algorithm aegpo, not flow-grpo; start another"),
+        ({"eval_steps": 5}, "eval_steps: the run in .* has eval_steps 4, not 5; start another"),
         ({"sampler": {"steps": 5}}, "sampler.steps: the run in .* has sampler.steps 4, not 5; start another"),
         ({"steps": 1}, "steps: .*checkpoint-2 is past step 1; ask for at least 2"),
     ):
