@@ -8,7 +8,7 @@ the seed SWEEP, at each of RATES, until SHORT network evaluations (the probe's a
 counts as two) are spent; the one with the highest held-out reward then (AEGPO on a method of finished images, and on
 MixGRPO, takes its host's, and three seeds). With that it trains for each of SEEDS, and is judged at the marks: the same
 144 held-out prompts, four images each, from the same noise for all. Flow-GRPO trains LONG, in its sweep too; the
-highest point of its mean curve is the target that all are measured by.
+highest point of its mean curve is the target that all are measured by. AEGPO trains a sixth of that, in its sweep too.
 
 A run's evaluations to the target are those of the first mark at which it is reached. Beside the median of the seeds
 stands what 2,000 bootstrap samples of the seeds leave in the middle 90 %. At the last mark 96 prompts are drawn too
@@ -42,6 +42,7 @@ from aegpo.algorithms import merge
 
 RATES, SWEEP, SEEDS = (1e-4, 2e-4, 4e-4), 0, (1, 2, 3, 4, 5)  # within what family.py's wider sweep found best
 SHORT, LONG = 24_000, 384_000
+SWEPT = {"flow-grpo": LONG, "aegpo": LONG // 6, "aegpo-fast": 12_000}  # those whose sweep is not SHORT
 EARLY = (1_000, 2_000, 3_000, 4_000, 5_000, 6_000, 7_000, 8_000, 10_000, 12_000)
 BRIEFER = (2_000, 4_000, 8_000)
 SPARSE = (4_000, 8_000, 12_000, 16_000, 20_000, 24_000)
@@ -84,8 +85,11 @@ METHODS[GUIDED] = merge(
 )
 ALONE = "flow-grpo, guided reference"
 METHODS[ALONE] = {"algorithm": "flow-grpo", "loss": METHODS[GUIDED]["loss"], "optimizer": {"ema": 0.0}}
-FIRST = {name: METHODS.pop(name) for name in ("flow-grpo", "aegpo on flow-grpo")}
-METHODS = FIRST | {"aegpo": {"algorithm": "aegpo"}, "aegpo-fast": OURS} | METHODS
+AVERAGED = "flow-grpo, averaged at every step"
+METHODS[AVERAGED] = {"algorithm": "flow-grpo", "optimizer": {"ema_every": 1}}
+FIRST = {name: METHODS.pop(name) for name in ("flow-grpo", AVERAGED, "aegpo on flow-grpo")}
+AEGPO = {"algorithm": "aegpo", "optimizer": {"keep_graphs": True, "ema": 0.9, "ema_every": 1}}
+METHODS = FIRST | {"aegpo": AEGPO, "aegpo-fast": OURS} | METHODS
 
 COMPOSITION: dict[str, dict[str, Any]] = {
     "aegpo-fast": {},
@@ -105,8 +109,12 @@ COMPOSITION: dict[str, dict[str, Any]] = {
 def marks_of(name: str) -> tuple[int, ...]:
     if name == "flow-grpo":
         return FAR
-    if name in ("aegpo on flow-grpo", "aegpo"):
+    if name == AVERAGED:
+        return tuple(mark for mark in FAR if mark <= LONG // 2)
+    if name == "aegpo on flow-grpo":
         return tuple(mark for mark in FAR if mark <= LONG // 4)
+    if name == "aegpo":
+        return tuple(range(4_000, LONG // 6 + 1, 4_000))
     if name == "aegpo-fast":
         return (*EARLY, 16_000, 24_000)
     return SPARSE if is_brief(name) else MARKS
@@ -124,13 +132,13 @@ def briefer(name: str) -> tuple[int, ...]:
 
 def as_its_host(name: str) -> bool:
     """Whether a method takes another's rate, and three of the seeds."""
-    return (is_brief(name) and name.startswith("aegpo on ") and name != GUIDED) or name == ALONE
+    return (is_brief(name) and name.startswith("aegpo on ") and name != GUIDED) or name in (ALONE, AVERAGED)
 
 
 def train_one(part: str, name: str, rate: float, seed: int, micro_batch: int) -> dict[str, Any]:
     """One run; of the sweep, it is judged at its end alone."""
     layers = [OURS, COMPOSITION[name]] if part == "composition" else [METHODS[name]]
-    short = (LONG,) if name == "flow-grpo" else (EARLY[-1],) if name == "aegpo-fast" else (SHORT,)
+    short = (SWEPT.get(name, SHORT),)
     marks = short if seed == SWEEP else marks_of(name) if part == "hosts" else briefer(name)
     marks = (SHORT // 2,) if part == "pace" else marks
     rest = {"optimizer": {"lr": rate, "micro_batch": micro_batch}}
@@ -211,7 +219,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 SPENT = ("forwards", "rollouts", "seconds")
 PARTS = ("hosts", "composition", "pace")
-PACED = ("flow-grpo", GUIDED, "aegpo-fast")
+PACED = ("flow-grpo", "aegpo", GUIDED, "aegpo-fast")
 
 
 def written(values: list[float | None]) -> str:
@@ -265,7 +273,7 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
         color = "black" if name == "aegpo-fast" else f"C{(*NOISY, *MATCHING).index(host)}"
         style = ":" if name == "aegpo" or "," in name else "-" if name.startswith("aegpo") else "--"
         own = finals(runs, "hosts", name)
-        style = "-." if name == ALONE else style
+        style = "-." if name in (ALONE, AVERAGED) else style
         timed = any(run["device"] != "cpu" for run in own)  # a CPU's seconds are not set beside a GPU's
         for axis, what in zip(axes if timed else axes[:2], SPENT, strict=False):
             spent = np.mean([[point[what] for point in run["curve"][1:]] for run in own], axis=0)
@@ -348,7 +356,7 @@ def main() -> None:
             aside.replace(asked.json)
 
     def at_best(name: str, seed: int) -> tuple[str, str, float, int] | None:
-        other = GUIDED if name == ALONE else name.removeprefix("aegpo on ")
+        other = {ALONE: GUIDED, AVERAGED: "flow-grpo"}.get(name, name.removeprefix("aegpo on "))
         rate = best_rates(runs).get(other if as_its_host(name) else name)
         return None if rate is None else ("hosts", name, rate, seed)
 

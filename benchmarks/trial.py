@@ -41,7 +41,7 @@ def train_to(
     import torch
     from diffusers.training_utils import EMAModel
 
-    from aegpo import models, rewards, world
+    from aegpo import models, rewards
     from aegpo.config import resolve
     from aegpo.data import load_prompts
     from aegpo.evaluation import evaluate
@@ -53,10 +53,6 @@ def train_to(
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         config = resolve(*layers, {"seed": seed, "output_dir": folder})
-        everything = world.training()
-        kept = np.random.default_rng(0).permutation(len(everything))[:prompts]
-        own = Path(folder, "train.jsonl")
-        own.write_text("".join(json.dumps(everything[i]) + "\n" for i in sorted(kept)))
         held_out = load_prompts("world", "eval")
         judged_as = replace(config, seed=0)  # from the same noise whatever the run's seed
         reward, model = rewards.load(config.reward), models.load(config.model, seed)
@@ -113,7 +109,7 @@ def train_to(
                     raise Enough
 
         with suppress(Enough):
-            train(config, model, load_prompts(str(own), "train"), held_out[:1], reward, Path(folder), Judge())
+            train(config, model, training_prompts(prompts), held_out[:1], reward, Path(folder), Judge())
     return {
         "seed": seed,
         "curve": curve,
@@ -122,6 +118,19 @@ def train_to(
         "explored": (explored / explored.sum()).round(4).tolist(),
         "seconds": time.monotonic() - began,
     }
+
+
+def training_prompts(count: int) -> list[Any]:
+    """So many of the world's training prompts, always the same."""
+    from aegpo import world
+    from aegpo.data import load_prompts
+
+    everything = world.training()
+    kept = np.random.default_rng(0).permutation(len(everything))[:count]
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder, "train.jsonl")
+        own.write_text("".join(json.dumps(everything[i]) + "\n" for i in sorted(kept)))
+        return load_prompts(str(own), "train")
 
 
 def base_under(guidance: float, *layers: dict[str, Any]) -> float:

@@ -24,10 +24,10 @@ from demo import git
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
+from trial import training_prompts
 
-from aegpo import models, rewards, world
+from aegpo import models, rewards
 from aegpo.config import resolve
-from aegpo.data import load_prompts
 from aegpo.evaluation import draw_and_judge
 from aegpo.signals import entropy_curves
 from aegpo.train import train
@@ -52,11 +52,7 @@ def measure(algorithm: str, seed: int) -> dict[str, dict[str, float]]:
     """Rank correlations of each signal with each target, over the prompts of one run."""
     with tempfile.TemporaryDirectory() as folder:
         config = resolve({"algorithm": algorithm}, SETTINGS, {"seed": seed, "output_dir": folder})
-        everything = world.training()
-        kept = np.random.default_rng(0).permutation(len(everything))[:PROMPTS]
-        own = Path(folder, "train.jsonl")
-        own.write_text("".join(json.dumps(everything[i]) + "\n" for i in sorted(kept)))
-        prompts, reward, model = load_prompts(str(own), "train"), rewards.load("world"), models.load(config.model)
+        prompts, reward, model = training_prompts(PROMPTS), rewards.load("world"), models.load(config.model)
         conditions, judged_as = model.encode([p.text for p in prompts]), replace(config, eval_images=IMAGES)
         scores: dict[int, np.ndarray] = {}
         changes: dict[str, np.ndarray] = {}

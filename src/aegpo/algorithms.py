@@ -185,8 +185,15 @@ ALGORITHMS: dict[str, Algorithm] = {
         advantage={"std": "group"},
     ),
     # The change of attention entropy says which prompts get more rollouts. All explore where that was measured to
-    # spread their rewards most, which in our ablation (docs/aegpo.md) taught more than any peaks of entropy.
-    "aegpo": _on(AEGPO, "2602.06825", exploration={"rule": "reward_spread"}),
+    # spread their rewards most, which in our ablation (docs/aegpo.md) taught more than any peaks of entropy, and the
+    # steps after the last of those are few and of second order.
+    "aegpo": _on(
+        AEGPO,
+        "2602.06825",
+        sampler={"solver": "dpm2m", "compress": 0.5},
+        exploration={"rule": "reward_spread"},
+        optimizer={"updates": 1},
+    ),
     # The shortest way to a better policy that we know: rollouts of few second-order steps, each trained at one noise
     # level, by RAM's regression onto what the base does under guidance.
     "aegpo-fast": _on(
