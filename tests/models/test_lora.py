@@ -66,3 +66,35 @@ def test_half_precision_stays_with_peft():
         full = models.load(Model(dtype="float32"))
         exact = full.predict(x, torch.tensor(0.5), full.encode(["a ring"]), torch.tensor([0]), 1.0)
     assert 0 < (v - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+def test_under_autocast_it_stays_with_peft_too():
+    """Merged, weights that are float32 would be cast whole, and a small change of them rounded away."""
+    model = models.load(Model(dtype="float32"))
+    layer = next(module for module in model.network.modules() if isinstance(module, Linear))
+    with torch.no_grad():
+        for parameter in model.trainable.values():
+            parameter += 1e-3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        x = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(7))
+        with torch.autocast("cpu", torch.bfloat16):
+            ours, theirs = layer(x), Linear.forward(layer, x)
+        assert ours.dtype == torch.bfloat16 and torch.equal(ours, theirs)
+        assert not torch.equal(ours, layer(x).bfloat16())
+
+
+def test_all_weights_are_trained_in_float32_also_where_the_network_computes_in_half():
+    model = models.load(Model(dtype="bfloat16", train="full"))
+    assert {p.dtype for p in model.trainable.values()} == {torch.float32}
+    conditions = model.encode(["a ring"])
+    given = (torch.ones(1, *model.latent_shape), torch.tensor(0.5), conditions, torch.tensor([0]), 1.0)
+    with torch.no_grad():
+        before = model.predict(*given)
+        for parameter in model.trainable.values():  # by less than bfloat16 keeps of a weight
+            parameter.mul_(1 + 2**-10)
+        now = model.predict(*given)
+        with model.reference():
+            assert torch.equal(model.predict(*given), before)
+    for parameter in model.trainable.values():
+        parameter.data = parameter.data.bfloat16().float()
+    with torch.no_grad():
+        assert not torch.equal(now, model.predict(*given))
