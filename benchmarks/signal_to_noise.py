@@ -3,14 +3,15 @@
 python benchmarks/signal_to_noise.py [--json FILE] [--batches 32] [--workers 2] [--only PLAN ...]
 
 Before any training, the embedded model takes the gradient of many training steps of Flow-GRPO's objective, each of 8 of
-the 32 prompts and 96 rollouts with noise of their own. With m the mean of those gradients over all such steps and V
+the 32 prompts, drawn anew for each, and 96 rollouts with noise of their own. With m the mean of those gradients and V
 the sum of their variances, |m|^2 / V is the signal to noise of one step: from products of *different* steps' gradients,
-which have no bias, with errors by leaving out one step at a time. What a plan is worth is this for each evaluation that
-it costs, since n steps' mean has n times the signal to noise of one. A backward counts as two evaluations.
+whose mean is |m|^2, with errors by leaving out one step at a time. How clear a plan's gradient is for what it costs is
+this for each evaluation, since n steps' mean has n times the signal to noise of one. A backward counts as two
+evaluations. Every plan's m is its own sampler's, so this does not say how much of the evaluated policy it improves.
 
-Plans explore all steps, one alone, or several in a row, and have the rest walked by Euler's steps or, `few`, by half as
-many of second order. The pull to the base is off, so that the gradient is the reward's alone, graphs are kept where
-few steps are explored, and no signal is measured: only where noise is put differs.
+Plans explore all steps, one alone, or several in a row; the others are Euler's, or `few`: half as many, rounded down,
+by the solver of second order. The pull to the base is off, so that the gradient is the reward's alone, graphs are kept,
+and no signal is measured.
 """
 
 import argparse
@@ -41,25 +42,24 @@ from aegpo.train import credit, update
 FRAME = merge(
     {"algorithm": "flow-grpo"},
     COMMON,
-    {"loss": {"kl": 0.0}, "optimizer": {"ema": 0.0, "updates": 1, "max_grad_norm": 1e9}},
+    {"loss": {"kl": 0.0}, "optimizer": {"ema": 0.0, "updates": 1, "keep_graphs": True, "max_grad_norm": 1e9}},
 )
+FEW = {"solver": "dpm2m", "compress": 0.5}
 
 
-def in_a_row(k: int, start: int = 0, few: bool = True, **others: dict[str, Any]) -> dict[str, Any]:
-    """A plan that explores k steps from `start` on, and by default walks the rest in few second-order steps."""
-    tail = {"solver": "dpm2m", "compress": 0.5} if few else {}
-    here = {"exploration": {"rule": "window", "k": k, "start": start}, "sampler": tail}
-    return merge(here, {"optimizer": {"keep_graphs": True}}, others)
+def in_a_row(k: int, start: int = 0, **sampler: Any) -> dict[str, Any]:
+    """A plan that explores k steps from `start` on."""
+    return {"exploration": {"rule": "window", "k": k, "start": start}, "sampler": sampler}
 
 
 PLANS: dict[str, dict[str, Any]] = {
     "all steps": {},
     **{f"step {step}": in_a_row(1, step) for step in range(9)},
-    "steps 0 to 1": in_a_row(2),
     "steps 0 to 3": in_a_row(4),
     "steps 4 to 7": in_a_row(4, 4),
-    "steps 0 to 3, Euler": in_a_row(4, few=False),
-    "steps 0 to 3, one first noise a prompt": in_a_row(4, sampler={"shared_noise": True}),
+    "steps 0 to 3, few": in_a_row(4, **FEW),
+    "step 0, few": in_a_row(1, **FEW),
+    "steps 0 to 3, few, one first noise a prompt": in_a_row(4, shared_noise=True, **FEW),
 }
 
 
@@ -81,7 +81,7 @@ def measure(name: str, batches: int) -> dict[str, float]:
     still = torch.optim.SGD(model.trainable.values(), lr=0.0)
     gradients, spent = [], model.forwards
     for step in range(batches):
-        batch = draw(prompts, config.prompts_per_step, config.seed, step)
+        batch = draw(prompts, config.prompts_per_step, config.seed, step * (len(prompts) // config.prompts_per_step))
         texts = [prompt.text for prompt in batch]
         conditions = model.encode(texts)
         plan = make_plan(config, batch, None, Memory(), model.sigmas(config.sampler.steps), step)
@@ -93,21 +93,30 @@ def measure(name: str, batches: int) -> dict[str, float]:
         judged = reward(drawn.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
         advantage, taught = credit(config, torch.from_numpy(judged.score), drawn.group, drawn.courses)
         rows = drawn.transitions.judged(advantage, taught)
+        for parameter in model.trainable.values():  # a step without a difference in reward has none of its own
+            parameter.grad = torch.zeros_like(parameter)
         update(config, model, still, rows, conditions, step, Silent(), drawn.kept)
-        grads = [p.grad.flatten() for p in model.trainable.values() if p.grad is not None]
-        gradients.append(torch.cat(grads).clone())
+        gradients.append(torch.cat([p.grad.flatten() for p in model.trainable.values() if p.grad is not None]).double())
     spent = (model.forwards - spent) / batches
-    products = torch.stack(gradients).double() @ torch.stack(gradients).double().T
-    left_out = [signal_to_noise(np.delete(np.delete(products.numpy(), i, 0), i, 1)) for i in range(batches)]
-    error = (np.var(left_out) * (batches - 1)) ** 0.5
-    return {"signal_to_noise": signal_to_noise(products.numpy()), "error": float(error), "evaluations": spent}
+    together = torch.stack(gradients)
+    ratio, error = signal_to_noise((together @ together.T).numpy())
+    return {"signal_to_noise": ratio, "error": error, "evaluations": spent}
 
 
-def signal_to_noise(products: np.ndarray) -> float:
-    """|m|^2 / V from the inner products, (n, n), of n independent gradients: E g_i.g_j = |m|^2, E |g|^2 = |m|^2 + V."""
+def signal_to_noise(products: np.ndarray) -> tuple[float, float]:
+    """|m|^2 / V from the inner products, (n, n), of n independent gradients, and its error by the jackknife.
+
+    E g_i.g_j = |m|^2 and E |g|^2 = |m|^2 + V.
+    """
+
+    def ratio(products: np.ndarray) -> float:
+        n = len(products)
+        signal = (products.sum() - np.trace(products)) / (n * (n - 1))
+        return float(signal / (np.trace(products) / n - signal))
+
     n = len(products)
-    signal = (products.sum() - np.trace(products)) / (n * (n - 1))
-    return float(signal / (np.trace(products) / n - signal))
+    left_out = [ratio(np.delete(np.delete(products, i, 0), i, 1)) for i in range(n)]
+    return ratio(products), float((np.var(left_out) * (n - 1)) ** 0.5)
 
 
 def main() -> None:

@@ -13,17 +13,19 @@ def in_the_benchmarks_folder(monkeypatch):
 
 
 def test_signal_to_noise_of_gradients_that_are_a_mean_and_known_noise():
-    """g = m + e with |m|^2 = 9 and tr Cov(e) = 400 x .25 = 100: .09, within the error that left out ones would show."""
+    """g = m + e with |m|^2 = 9 and tr Cov(e) = 400 x .25 = 100: .09; and the error is how far such findings spread."""
     signal_to_noise = importlib.import_module("signal_to_noise").signal_to_noise
     rng, found = np.random.default_rng(0), []
     for _ in range(200):
         gradients = rng.normal(0, 0.5, (32, 400))
         gradients[:, 0] += 3
         found.append(signal_to_noise(gradients @ gradients.T))
-    assert np.mean(found) == pytest.approx(0.09, abs=3 * np.std(found) / 200**0.5)
-    assert np.std(found) / 200**0.5 < 0.002
-    exact = np.array([[3.0, 1.0], [1.0, 5.0]])  # |m|^2 = 1, E |g|^2 = 4
-    assert signal_to_noise(exact) == pytest.approx(1 / 3)
+    ratios, errors = np.array(found).T
+    assert ratios.mean() == pytest.approx(0.09, abs=3 * ratios.std() / 200**0.5)
+    assert ratios.std() / 200**0.5 < 0.002
+    assert errors.mean() == pytest.approx(ratios.std(), rel=0.2)
+    exact = np.array([[3.0, 1.0, 1.0], [1.0, 5.0, 1.0], [1.0, 1.0, 4.0]])  # |m|^2 = 1, E |g|^2 = 4
+    assert signal_to_noise(exact)[0] == pytest.approx(1 / 3)
 
 
 def test_what_a_run_spends_to_a_target_and_the_median_over_runs_that_may_never_come():
@@ -33,7 +35,7 @@ def test_what_a_run_spends_to_a_target_and_the_median_over_runs_that_may_never_c
     assert convergence.to_target({"curve": curve}, 0.75, "forwards") == 40
     assert convergence.to_target({"curve": curve}, 0.85, "forwards") is None
     middle, low, high = convergence.median_of_seeds([30, None, 10, 20, 40])
-    assert (middle, low, high) == (30, 10, np.inf)  # half of the samples of five hold two of one kind or more
+    assert (middle, low, high) == (30, 10, np.inf)  # three of five are the one that never came in 5.8 % of samples
     assert convergence.median_of_seeds([7, 7, 7]) == (7, 7, 7)
     assert convergence.written([30, None, 10, 20, 40]) == "30 (10..never)"
     assert convergence.written([None, None]) == "never"
