@@ -31,6 +31,7 @@ from rich.table import Table
 from aegpo import models, rewards
 from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan
+from aegpo.algorithms import merge
 from aegpo.config import Config, resolve
 from aegpo.data import draw, load_prompts
 from aegpo.rollout import collect, shared_trunk
@@ -49,15 +50,16 @@ COMMON = {
     "optimizer": {"micro_batch": 96},
 }
 FEW = {"prompts_per_step": 8, "rollouts_per_step": 96}  # of a step of the embedded model's own recipe
+ALL_STEPS = {"algorithm": "aegpo", "sampler": {"solver": "euler", "compress": 1.0}, "optimizer": {"updates": 2}}
 SETTINGS: dict[str, dict[str, Any]] = {
     "aegpo-paper": {"algorithm": "aegpo-paper"},
     "aegpo-paper, trunk shared": {"algorithm": "aegpo-paper", "sampler": {"shared_noise": True}},
-    "aegpo": {"algorithm": "aegpo"},
-    "aegpo, trunk shared": {"algorithm": "aegpo", "sampler": {"shared_noise": True}},
+    "aegpo": ALL_STEPS,
+    "aegpo, trunk shared": merge(ALL_STEPS, {"sampler": {"shared_noise": True}}),
     "aegpo-paper, 8 prompts": {"algorithm": "aegpo-paper"} | FEW,
     "aegpo-paper, 8 prompts, trunk shared": {"algorithm": "aegpo-paper", "sampler": {"shared_noise": True}} | FEW,
-    "aegpo, 8 prompts": {"algorithm": "aegpo"} | FEW,
-    "aegpo, 8 prompts, trunk shared": {"algorithm": "aegpo", "sampler": {"shared_noise": True}} | FEW,
+    "aegpo, 8 prompts": ALL_STEPS | FEW,
+    "aegpo, 8 prompts, trunk shared": merge(ALL_STEPS, {"sampler": {"shared_noise": True}}) | FEW,
     "matching, all weights, 8 prompts": {
         "sampler": {"kind": "ode"},
         "exploration": {"rule": "random"},

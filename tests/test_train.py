@@ -74,7 +74,12 @@ def metrics(run, without=("seconds",)):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        {
+            "algorithm": "aegpo",
+            "allocation": {"low": 3, "high": 7},
+            "exploration": {"k": 2, "until": 3},
+            "sampler": {"steps": 10},
+        },
         {"algorithm": "aegpo-paper", "allocation": {"low": 3, "high": 7}, "exploration": {"k": 2}},
         {"algorithm": "flow-grpo"},
         {"model": {"train": "full"}, "optimizer": {"ema": 0.5, "ema_every": 1}},
