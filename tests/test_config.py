@@ -248,7 +248,7 @@ def test_all_steps_but_the_last_can_be_explored(rule: str):
     assert resolve(layer).exploration.k == 5
     said = complaint(layer, {"exploration": {"k": 6}})
     assert said == (
-        "exploration.k: 6 steps to explore, but only 0 to 4 of 0 to 5 can; lower it, or raise sampler.steps"
+        "exploration.k: 6 steps to explore, but of steps 0 to 5 only 0 to 4 may be; lower it, or raise sampler.steps"
     )
 
 

@@ -717,10 +717,13 @@ def test_a_long_gradient_is_shortened_and_its_length_reported(rows):
     assert moved.norm().item() == pytest.approx(norm / 4 * norm / (norm + 1e-6), rel=1e-3)  # torch's guard against 0
 
 
-def test_a_resume_leaves_nothing_of_the_course_it_abandons(tmp_path):
+def test_a_resume_leaves_nothing_of_the_course_it_abandons(tmp_path, capsys):
     build.run(config(tmp_path))
     run = tmp_path / "run"
     build.run(config(tmp_path, steps=2), resume=str(run / "checkpoint-2"))
+    assert f"going on from {run / 'checkpoint-2'}, the last of its steps: nothing is left to train\n" in (
+        capsys.readouterr().out
+    )
     assert [p.name for p in checkpoint.checkpoints(run)] == ["checkpoint-2"]
     assert [line["step"] for line in metrics(run)] == [0, 1, 2]
     assert sorted(p.name for p in (run / "samples").glob("*.png")) == ["step-000000.png", "step-000002.png"]

@@ -83,7 +83,8 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
 
     console = Console()
     if start is not None:
-        console.print(f"going on from {start}", highlight=False, markup=False, soft_wrap=True)
+        over = ", the last of its steps: nothing is left to train" if start.name == f"checkpoint-{config.steps}" else ""
+        console.print(f"going on from {start}{over}", highlight=False, markup=False, soft_wrap=True)
     with Display(config.steps, console) as display:
         try:
             train(config, model, prompts, held_out, reward, folder, display, start)

@@ -561,8 +561,8 @@ def _check_exploration(config: Config) -> None:
         )
     if how.rule != "all" and how.k > len(room):
         raise ValueError(
-            f"exploration.k: {how.k} steps to explore, but only {room[0]} to {room[-1]} of 0 to {steps - 1} can; "
-            "lower it, or raise sampler.steps"
+            f"exploration.k: {how.k} steps to explore, but of steps 0 to {steps - 1} only {room[0]} to {room[-1]} "
+            "may be; lower it, or raise sampler.steps"
         )
     if how.rule != "all" and (how.k - 1) * how.min_distance >= len(room):
         raise ValueError(
