@@ -184,8 +184,8 @@ def to_target(run: dict[str, Any], reward: float, what: str) -> float | None:
 def median_of_seeds(values: list[float | None]) -> tuple[float, float, float]:
     """The median, and the middle 90 % of the medians of 2,000 bootstrap samples; what never came is infinite."""
     spent, rng = np.array([np.inf if value is None else value for value in values]), np.random.default_rng(0)
-    low, high = np.sort(np.sort(rng.choice(spent, (2000, len(spent))))[:, len(spent) // 2])[[100, 1899]]
-    return float(np.sort(spent)[len(spent) // 2]), float(low), float(high)
+    low, high = np.sort(np.median(rng.choice(spent, (2000, len(spent))), axis=1))[[100, 1899]]
+    return float(np.median(spent)), float(low), float(high)
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -270,18 +270,18 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(17, 5), sharey=True, layout="constrained")
-    hosts = [name for name in METHODS if finals(runs, "hosts", name)]
+    hosts, ours = [name for name in METHODS if finals(runs, "hosts", name)], ("aegpo", "aegpo-fast")
     for name in hosts:
         host = "flow-grpo" if name == "aegpo" else name.removeprefix("aegpo on ").split(",")[0]
         color = "black" if name == "aegpo-fast" else f"C{(*NOISY, *MATCHING).index(host)}"
-        style = ":" if name == "aegpo" or "," in name else "-" if name.startswith("aegpo") else "--"
+        color = "C9" if name in (GUIDED, ALONE) else color
+        style = ":" if name == AVERAGED else "-" if name.startswith("aegpo") else "--"
         own = finals(runs, "hosts", name)
-        style = "-." if name in (ALONE, AVERAGED) else style
         timed = any(run["device"] != "cpu" for run in own)  # a CPU's seconds are not set beside a GPU's
         for axis, what in zip(axes if timed else axes[:2], SPENT, strict=False):
             spent = np.mean([[point[what] for point in run["curve"][1:]] for run in own], axis=0)
             gained = np.mean([[point["reward"] for point in run["curve"][1:]] for run in own], axis=0)
-            axis.plot(spent, gained, label=name, color=color, linestyle=style, linewidth=2 if color == "black" else 1.2)
+            axis.plot(spent, gained, label=name, color=color, linestyle=style, linewidth=2.4 if name in ours else 1.2)
     for axis, what in zip(axes, ("network evaluations", "rollouts", "seconds"), strict=True):
         axis.set(xscale="log", xlabel=f"{what} spent on training")
         axis.axhline(target(runs), color="grey", linewidth=0.8)

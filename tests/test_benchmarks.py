@@ -37,5 +37,6 @@ def test_what_a_run_spends_to_a_target_and_the_median_over_runs_that_may_never_c
     middle, low, high = convergence.median_of_seeds([30, None, 10, 20, 40])
     assert (middle, low, high) == (30, 10, np.inf)  # three of five are the one that never came in 5.8 % of samples
     assert convergence.median_of_seeds([7, 7, 7]) == (7, 7, 7)
+    assert convergence.median_of_seeds([30, 10, None, 20])[0] == 25
     assert convergence.written([30, None, 10, 20, 40]) == "30 (10..never)"
     assert convergence.written([None, None]) == "never"
