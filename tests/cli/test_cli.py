@@ -115,7 +115,7 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
         (["train", "--rollouts-per-step", "8"], "command line: rollouts_per_step: .* groups of one.* at least 16"),
         (
             ["train", "--algorithm", "aegpo", "--exploration.k", "10"],
-            "command line: exploration.k: 10 steps .* only 0 to 6 of 0 to 7 can; lower it, or raise sampler.steps",
+            "command line: exploration.k: 10 steps .* only 0 to 6 may be; lower it, or raise sampler.steps",
         ),
         (["train", "--optimizer", "3"], "command line: optimizer is a group of settings \\(lr, .*\\), not 3"),
         (["train", "--model.lora.targets", "[to_q"], "command line: model.lora.targets: '\\[to_q' is not a YAML value"),
