@@ -173,6 +173,22 @@ def test_naming_an_algorithm_settles_every_choice_that_another_could_have_made()
         assert algorithm.paper in PAPERS
 
 
+def test_aegpo_is_flow_grpo_but_for_what_its_section_says():
+    ours, host = ALGORITHMS["aegpo"].choices, ALGORITHMS["flow-grpo"].choices
+    other = {
+        f"{part}.{key}": value for part in ours for key, value in ours[part].items() if value != host[part].get(key)
+    }
+    assert other == {
+        "allocation.rule": "median_split",
+        "exploration.rule": "reward_spread",
+        "sampler.solver": "dpm2m",
+        "sampler.compress": 0.5,
+        "loss.kl": 0.0,
+        "optimizer.updates": 1,
+        "optimizer.ema": 0.0,
+    }
+
+
 def test_the_default_is_ours_and_what_it_is_said_to_be():
     config = resolve()
     assert config.algorithm == "aegpo-fast"
