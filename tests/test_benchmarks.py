@@ -40,3 +40,16 @@ def test_what_a_run_spends_to_a_target_and_the_median_over_runs_that_may_never_c
     assert convergence.median_of_seeds([30, 10, None, 20])[0] == 25
     assert convergence.written([30, None, 10, 20, 40]) == "30 (10..never)"
     assert convergence.written([None, None]) == "never"
+
+
+def test_the_target_is_the_highest_mean_of_flow_grpo_under_either_average():
+    convergence = importlib.import_module("convergence")
+
+    def run(method, seed, *rewards):
+        return {"part": "hosts", "method": method, "seed": seed, "curve": [{"reward": r} for r in rewards]}
+
+    long = [run("flow-grpo", 1, 0.5, 0.9, 0.6), run("flow-grpo", 2, 0.5, 0.5, 0.7)]  # means .5, .7, .65
+    short = [run(convergence.AVERAGED, 1, 0.5, 0.74), run(convergence.AVERAGED, 2, 0.5, 0.7)]  # means .5, .72
+    swept, other = run("flow-grpo", convergence.SWEEP, 0.5, 1.0, 1.0), run("aegpo", 1, 0.5, 1.0)
+    assert convergence.target([*long, swept, other]) == pytest.approx(0.7)
+    assert convergence.target([*long, *short, swept, other]) == pytest.approx(0.72)
