@@ -132,9 +132,10 @@ def briefer(name: str) -> tuple[int, ...]:
     return (*BRIEFER, 16_000, 24_000) if name == "no reward, to the end" else BRIEFER
 
 
-def as_its_host(name: str) -> bool:
-    """Whether a method takes another's rate, and three or four of the seeds."""
-    return (is_brief(name) and name.startswith("aegpo on ") and name != GUIDED) or name in (ALONE, AVERAGED)
+def whose_rate(name: str) -> str:
+    """The method whose sweep chooses a method's rate: its own, or another's, and then it has fewer seeds."""
+    others = {GUIDED: GUIDED, ALONE: GUIDED, AVERAGED: "flow-grpo"}
+    return others.get(name) or (name.removeprefix("aegpo on ") if is_brief(name) else name)
 
 
 def train_one(part: str, name: str, rate: float, seed: int, micro_batch: int) -> dict[str, Any]:
@@ -359,8 +360,7 @@ def main() -> None:
             aside.replace(asked.json)
 
     def at_best(name: str, seed: int) -> tuple[str, str, float, int] | None:
-        other = {ALONE: GUIDED, AVERAGED: "flow-grpo"}.get(name, name.removeprefix("aegpo on "))
-        rate = best_rates(runs).get(other if as_its_host(name) else name)
+        rate = best_rates(runs).get(whose_rate(name))
         return None if rate is None else ("hosts", name, rate, seed)
 
     def ours(name: str, seed: int) -> tuple[str, str, float, int] | None:
@@ -371,10 +371,10 @@ def main() -> None:
     wanted: list[Callable[[], tuple[str, str, float, int] | None]] = []
     if "hosts" in asked.part:
         for name in hosts:
-            if not as_its_host(name):
+            if own := whose_rate(name) == name:
                 wanted += [lambda n=name, r=rate: ("hosts", n, r, SWEEP) for rate in RATES]
-            few = 4 if name == AVERAGED else 3 if as_its_host(name) else None
-            wanted += [lambda n=name, s=seed: at_best(n, s) for seed in SEEDS[:few]]
+            seeds = SEEDS if own else SEEDS[:4] if name == AVERAGED else SEEDS[:3]
+            wanted += [lambda n=name, s=seed: at_best(n, s) for seed in seeds]
     if "composition" in asked.part:
         wanted += [lambda n=name, s=seed: ours(n, s) for seed in SEEDS[:3] for name in COMPOSITION]
     run_all(wanted)

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from convergence import COMMON, PROMPTS
 from demo import git
+from overhead import Silent
 from rich.console import Console
 from rich.table import Table
 from trial import training_prompts
@@ -61,16 +62,6 @@ PLANS: dict[str, dict[str, Any]] = {
     "step 0, few": in_a_row(1, **FEW),
     "steps 0 to 3, few, one first noise a prompt": in_a_row(4, shared_noise=True, **FEW),
 }
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def begin(self, what: str, total: int) -> None: ...
-
-    def advance(self, count: int) -> None: ...
-
-    def step(self, metrics: dict[str, Any]) -> None: ...
 
 
 def measure(name: str, batches: int) -> dict[str, float]:

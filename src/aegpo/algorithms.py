@@ -185,8 +185,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         advantage={"std": "group"},
     ),
     # The change of attention entropy says which prompts get more rollouts. All explore where that was measured to
-    # spread their rewards most, which in our ablation (docs/aegpo.md) taught more than any peaks of entropy, and the
-    # steps after the last of those are few and of second order.
+    # spread their rewards most, which in our ablation (docs/aegpo.md) taught more than any peaks of entropy, and
+    # half of the steps after the last of those are left out, for a solver of second order.
     "aegpo": _on(
         AEGPO,
         "2602.06825",
