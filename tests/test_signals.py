@@ -111,7 +111,7 @@ def test_the_probe_reads_what_the_settings_name(model):
         "from text": Probe(queries="text"),
     }.items():
         read[name], _ = entropy_curves(model, PROMPTS, conditions, replace(settings(), probe=how))
-    tokens = conditions.embeds.shape[1]
+    tokens = conditions.rows["embeds"].shape[1]
     assert read["text"].max() <= np.log(tokens) + 1e-6 < read["all"].max()
     torch.testing.assert_close(read["one layer"][0], read["all"][1], atol=1e-6, rtol=0)
     torch.testing.assert_close(read["share"] * np.log(16 + tokens), read["all"], atol=1e-5, rtol=0)

@@ -24,7 +24,7 @@ from aegpo.config import Config, dump_yaml, eval_steps, load_yaml, needs_probe, 
 from aegpo.data import load_prompts, named
 from aegpo.display import Display, bar
 from aegpo.evaluation import evaluate as evaluate_policy
-from aegpo.models import load, load_pipeline, loading, text_tokens
+from aegpo.models import Denoiser, absent, compute_dtype, load, load_pipeline
 from aegpo.report import read_metrics, write_analysis, write_model_card, write_report
 from aegpo.report.analysis import READINGS, SIGNALS, from_one
 from aegpo.report.html import correlation, percent
@@ -35,8 +35,11 @@ from aegpo.types import Prompt
 RUN_FILES = (
     *("config.yaml", "env.json", "metrics.jsonl", "metrics.partial", "report.html", "README.md", "samples", "analysis"),
     *("checkpoint-*", ".checkpoint-*", ".weights", "pytorch_lora_weights.safetensors", ".report*", ".README*"),
-    *("model_index.json", "scheduler", "transformer", "vae", "text_encoder*", "tokenizer*"),
+    *("model_index.json", "scheduler", "transformer", "unet", "vae", "text_encoder*", "tokenizer*"),
 )
+
+
+FRAMES_A_SECOND = 16  # of a video, as Wan draws them
 
 
 def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -> Path:
@@ -79,7 +82,7 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
         checkpoint.verify(start, model.trainable)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-    (folder / "env.json").write_text(json.dumps(environment(config), indent=1), encoding="utf-8")
+    (folder / "env.json").write_text(json.dumps(environment(config, model), indent=1), encoding="utf-8")
 
     console = Console()
     if start is not None:
@@ -115,7 +118,7 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out: {out} is not named as an image; give a name that ends in .png, for one")
     _check_words(config, [prompt], "--prompt")
-    pipe = load_pipeline(config.model)
+    pipe, family = load_pipeline(config.model)
     if config.model.train == "lora":
         if not (run / "pytorch_lora_weights.safetensors").exists():
             raise ValueError(f"run {run} has no weights yet: pytorch_lora_weights.safetensors is missing")
@@ -123,20 +126,24 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
     else:
         if not (run / "model_index.json").exists():
             raise ValueError(f"run {run} has no weights yet: model_index.json is missing")
-        weights = type(pipe.transformer).from_pretrained(run, subfolder="transformer", dtype=pipe.dtype)
-        pipe.transformer = weights.to(pipe.device)
-    side = config.model.resolution or None
-    image = pipe(
-        prompt,
+        network = type(getattr(pipe, family.part))
+        weights = network.from_pretrained(run, subfolder=family.part, dtype=compute_dtype(config.model))
+        pipe.register_modules(**{family.part: weights})
+    if torch.cuda.is_available():
+        pipe.to("cuda")
+    drawn = pipe(
+        prompt=prompt,
         num_inference_steps=eval_steps(config),
-        guidance_scale=config.sampler.guidance,
-        max_sequence_length=text_tokens(config.model, pipe),
-        height=side,
-        width=side,
         generator=torch.Generator().manual_seed(seed),
-    ).images[0]
+        output_type="pil",
+        **family.call(config.sampler.guidance),
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
-    image.save(out)
+    if "frames" in drawn:
+        first, *others = drawn["frames"][0]
+        first.save(out, save_all=True, append_images=others, duration=1000 // FRAMES_A_SECOND, loop=0)
+    else:
+        drawn["images"][0].save(out)
 
 
 def evaluate(
@@ -216,8 +223,8 @@ def analyze(
     return page
 
 
-def environment(config: Config) -> dict[str, Any]:
-    """What the run ran on: versions, device and platform, and how it loaded its pipeline."""
+def environment(config: Config, model: Denoiser) -> dict[str, Any]:
+    """What the run ran on: versions, device, platform, and how its pipeline is loaded and called to draw alike."""
     packages = ("aegpo", "torch", "diffusers", "transformers", "peft", "accelerate", "numpy")
     gpu = torch.cuda.is_available()
     return {
@@ -225,7 +232,12 @@ def environment(config: Config) -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if gpu else "cpu",
         "threads": torch.get_num_threads(),
-        "pipeline": loading(config.model),
+        "pipeline": {
+            "dtype": str(compute_dtype(config.model)).removeprefix("torch."),
+            "absent": absent(config.model),
+            "scheduler": model.family.scheduler if model.is_lora else "",  # all weights are saved with the scheduler
+            "call": model.family.call(config.sampler.guidance),
+        },
         "versions": {package: version(package) for package in packages},
     }
 

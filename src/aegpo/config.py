@@ -67,18 +67,27 @@ class Model:
 
     path: str = "world"
     """A diffusers pipeline: a folder, a hub id, or `world` for the embedded one."""
-    family: Literal["auto", "sd3"] = "auto"
+    family: Literal["auto", "sd3", "flux", "flux2_klein", "unet", "qwen_image", "wan"] = "auto"
     """The adapter between the loop and the pipeline; `auto` reads it off the pipeline's class."""
     train: Literal["lora", "full"] = "lora"
-    """Train a low-rank adapter, or all weights of the transformer."""
+    """Train a low-rank adapter, or all weights of the transformer or U-Net."""
     lora: Lora = Lora()
-    resolution: Size = 0
-    """Image side in pixels; 0: the pipeline's own."""
+    resolution: Size | tuple[Count, Count] = 0
+    """Image side in pixels, or [height, width]; 0: the pipeline's own."""
+    frames: Size = 0
+    """Of a video; 0: the pipeline's own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the network is loaded and computed in; `auto`: bfloat16 on a GPU, float32 on a CPU. Trained weights, latents
     and velocities are float32 in any case."""
     text_tokens: Size | None = None
-    """Length of the T5 part of the prompt; null: 256, or 0 where the pipeline has no T5."""
+    """Tokens of a prompt, at most, where the pipeline leaves the choice (in Stable Diffusion 3, of its T5 part); null:
+    as its own call has it, and none for a Stable Diffusion 3 without T5."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """Keep the weights under a low-rank adapter in 8 or 4 bits (arXiv 2208.07339, 2305.14314), by bitsandbytes."""
+    gradient_checkpointing: Switch = False
+    """Keep only what enters each block, and compute the rest again on the way back: less memory, more time."""
+    compile: Switch = False
+    """Compile the repeated blocks: some minutes at first, faster afterwards."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -112,6 +121,9 @@ class Sampler:
     solver: Literal["euler", "dpm2m"] = "euler"
     """Of the steps after a rollout's last noisy one, and of all under `ode`: Euler's, or DPM-Solver++ of second order
     (arXiv 2211.01095). Evaluations are Euler's, as the pipeline's own call is."""
+    shift: Positive | None = None
+    """Draw rollouts over a uniform grid of noise levels shifted by this (arXiv 2403.03206), as DanceGRPO does by 3;
+    null: over the pipeline's own schedule, which evaluations take in any case."""
     compress: Share = 1.0
     """The share of those steps that is taken, so that fewer reach the same end (MixGRPO-Flash, arXiv 2507.21802)."""
 
@@ -467,6 +479,8 @@ def _check_budget(config: Config) -> None:
     _check_sampler(config)
     _check_exploration(config)
     _check_reference(config)
+    if config.model.quantize != "none" and config.model.train == "full":
+        raise ValueError("model.quantize: weights in few bits cannot be trained; set model.train lora, or this none")
     if config.optimizer.keep_graphs and (config.optimizer.updates > 1 or config.optimizer.behaviour):
         raise ValueError(
             "optimizer.keep_graphs: the graphs are of the weights that draw the rollouts, so they serve one update of "

@@ -36,7 +36,7 @@ def evaluate(
         shown = evenly_spaced(len(held_out), SHOWN) * config.eval_images
         save_grid(
             grid,
-            images[shown],
+            stills(images[shown]),
             [asked[i].text for i in shown],
             judged.score[shown].tolist(),
             None if judged.passed is None else judged.passed[shown].tolist(),
@@ -51,6 +51,14 @@ def draw_and_judge(
     images = draw(model, prompts, config)
     asked = [prompt for prompt in prompts for _ in range(config.eval_images)]
     return images, asked, reward(images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+
+
+def stills(images: np.ndarray) -> np.ndarray:
+    """Pictures (n, H, W, 3) as they are; of videos (n, frames, H, W, 3) the first, middle and last frame in a row."""
+    if images.ndim == 4:
+        return images
+    last = images.shape[1] - 1
+    return np.concatenate([images[:, 0], images[:, last // 2], images[:, last]], axis=2)
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:

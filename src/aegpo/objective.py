@@ -33,7 +33,7 @@ def objective(
     is not needed where `v`, float32 (m, ...), is what the policy predicts at the rows.
     """
     sampler, how = config.sampler, config.loss
-    sigmas = model.sigmas(sampler.steps)
+    sigmas = model.sigmas(sampler.steps, sampler.shift)
     sigma, sigma_next = sigmas[rows.step].to(rows.x), sigmas[rows.until].to(rows.x)
 
     def predict(guidance: float = sampler.guidance) -> Tensor:

@@ -70,14 +70,14 @@ def collect(
         The images, in the order of `plan.group`, their ways, and what was explored.
     """
     sampler, most = config.sampler, config.optimizer.micro_batch
-    sigmas = model.sigmas(sampler.steps)
+    sigmas = model.sigmas(sampler.steps, sampler.shift)
     courses, prompt = lay_out(plan, config, prompts, sigmas, step), plan.group
     everyone = torch.arange(len(prompt))
     names = [(p, i) for p, count in enumerate(plan.rollouts.tolist()) for i in range(count)]
     keys = [(purpose, config.seed, step, prompts[p].id, i) for p, i in names]
     fresh = partial(_noise_of_step, model.latent_shape, keys)
 
-    x = _first_latents(model, [(*keys[i], 0) for i in courses.node[:, 0].tolist()])
+    x = _first_latents(model, [(*keys[i], 0) for i in courses.node[:, 0].tolist()], sigmas)
     leaves = torch.full_like(prompt, -1)  # the step at which a rollout leaves its trunk: most were never on one
     if trunk is not None:
         riders = [1 if sampler.kind == "ode" else max(1, count // RIDERS) for count in plan.rollouts.tolist()]
@@ -168,7 +168,7 @@ def revisit(
         The transitions, `rollout` counting the latents, and the predictions whose graphs are kept.
     """
     sampler = config.sampler
-    sigmas = model.sigmas(sampler.steps)
+    sigmas = model.sigmas(sampler.steps, sampler.shift)
     whose = prompt.new_tensor([prompt.tolist().index(p) for p in prompt.tolist()])
     whose = whose if config.loss.kind in GROUP_LOSSES else torch.arange(len(x0))
     rows, kept, keep = [], [], config.optimizer.keep_graphs
@@ -221,8 +221,16 @@ def _noise_of_step(shape: tuple[int, ...], keys: Sequence[tuple[int, ...]], i: i
     return noise(shape, *keys[i], step + 1)
 
 
-def _first_latents(model: Denoiser, keys: Sequence[tuple[int, ...]]) -> Tensor:
-    return torch.stack([noise(model.latent_shape, *key) for key in keys]).to(model.device)
+def _first_latents(model: Denoiser, keys: Sequence[tuple[int, ...]], sigmas: Tensor) -> Tensor:
+    """Noise for a schedule that begins at sigmas[0]: of unit variance as a flow has it only where that is 1.
+
+    A variance-preserving model begins with pure noise a little below, where its latents, with unit variance, are a
+    flow's times `1 / sqrt(s^2 + (1 - s)^2)`.
+    """
+    first = sigmas[0].item()
+    return torch.stack([noise(model.latent_shape, *key) for key in keys]).to(model.device) * math.hypot(
+        first, 1 - first
+    )
 
 
 def _batches(which: Tensor, most: int) -> Sequence[Tensor]:
@@ -249,7 +257,7 @@ def shared_trunk(
     visit: int,
 ) -> Trunk:
     """The trunk without the probe, to where the last of each prompt's rollouts leaves it."""
-    courses = lay_out(plan, config, prompts, model.sigmas(config.sampler.steps), step)
+    courses = lay_out(plan, config, prompts, model.sigmas(config.sampler.steps, config.sampler.shift), step)
     last = torch.zeros_like(plan.rollouts).scatter_reduce(0, plan.group, courses.leaves, "amax")
     return walk_trunk(model, prompts, conditions, last + 1, config, visit)
 
@@ -267,7 +275,8 @@ def walk_trunk(
 
 def own_latents(model: Denoiser, prompts: Sequence[Prompt], config: Config, number: int) -> Tensor:
     """The noise that each prompt has for a trunk; `number` tells those of one prompt apart."""
-    return _first_latents(model, [(TRUNK, config.seed, prompt.id, number) for prompt in prompts])
+    sigmas = model.sigmas(config.sampler.steps, config.sampler.shift)
+    return _first_latents(model, [(TRUNK, config.seed, prompt.id, number) for prompt in prompts], sigmas)
 
 
 @torch.no_grad()
@@ -287,7 +296,7 @@ def denoise(
     Returns:
         The trajectories, one a latent; clean ones are `latents[:, -1]`.
     """
-    sigmas = model.sigmas(sampler.steps)
+    sigmas = model.sigmas(sampler.steps, sampler.shift)
     latents, velocities, clean = [x], [], torch.zeros_like(x)
     for step in range(sampler.steps):
         sigma, sigma_next = sigmas[step].item(), sigmas[step + 1].item()
@@ -311,12 +320,13 @@ def joined(parts: Sequence[Trunk]) -> Trunk:
 
 def draw(model: Denoiser, prompts: Sequence[Prompt], config: Config) -> np.ndarray:
     """`eval_images` pictures of each prompt by ODE, always from the same noise; uint8 (prompts x images, H, W, 3)."""
-    sampler = replace(config.sampler, steps=eval_steps(config), solver="euler")
+    sampler = replace(config.sampler, steps=eval_steps(config), solver="euler", shift=None)
     pictures = []
     wanted = [(prompt, i) for prompt in prompts for i in range(config.eval_images)]
     for at in range(0, len(wanted), config.optimizer.micro_batch):
         part = wanted[at : at + config.optimizer.micro_batch]
-        x = _first_latents(model, [(EVALUATION, config.seed, prompt.id, i) for prompt, i in part])
+        keys = [(EVALUATION, config.seed, prompt.id, i) for prompt, i in part]
+        x = _first_latents(model, keys, model.sigmas(sampler.steps))
         conditions = model.encode([prompt.text for prompt, _ in part])
         walked = denoise(model, x, conditions, torch.arange(len(part)), sampler)
         pictures.append(model.decode(walked.latents[:, -1]))

@@ -57,7 +57,7 @@ def entropy_curves(
             queries=how.queries,
             keys=how.keys,
             layers=how.layers,
-            half="both" if config.sampler.guidance == 1 else "conditional",
+            half="conditional" if model.doubles(config.sampler.guidance) else "both",
             normalise=how.normalise,
         ) as attention:
             parts.append(denoise(model, x, conditions, part, config.sampler))

@@ -127,7 +127,9 @@ def train(
                 signals, trunk = probe(model, batch, conditions, config, visit, memory)
             if needs_spread(config) and (step % SPREAD_EVERY == 0 or memory.reward_spread is None):
                 memory.reward_spread = reward_spread(model, batch, conditions, reward, config, step, visit, trunk)
-            plan = make_plan(config, batch, signals, memory, model.sigmas(config.sampler.steps), step)
+            plan = make_plan(
+                config, batch, signals, memory, model.sigmas(config.sampler.steps, config.sampler.shift), step
+            )
             if config.sampler.shared_noise and trunk is None:
                 trunk = shared_trunk(model, batch, conditions, plan, config, step, visit)
             display.begin("rollouts", int(plan.rollouts.sum()) * config.sampler.steps)

@@ -25,19 +25,16 @@ class Conditions:
     """Encoded prompts of a step, and the empty prompt that classifier-free guidance needs.
 
     Attributes:
-        embeds: (P, tokens, width) the transformer's text tokens.
-        pooled: (P, width).
-        null_embeds: (1, tokens, width).
-        null_pooled: (1, width).
+        rows: what the network wants to know of each prompt, by name, (P, ...) each: `embeds` is (P, tokens, width), and
+            what else there is, a pooled embedding or a mask, depends on the family.
+        null: the same of the empty prompt, (1, ...) each.
     """
 
-    embeds: Tensor
-    pooled: Tensor
-    null_embeds: Tensor
-    null_pooled: Tensor
+    rows: dict[str, Tensor]
+    null: dict[str, Tensor]
 
     def __getitem__(self, index: Tensor) -> "Conditions":
-        return replace(self, embeds=self.embeds[index], pooled=self.pooled[index])
+        return replace(self, rows={name: rows[index] for name, rows in self.rows.items()})
 
 
 ROUNDING = 1e-6  # of an entropy, in float32

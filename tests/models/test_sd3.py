@@ -53,26 +53,52 @@ def test_sigmas_are_the_schedulers(pipe):
 
 
 @pytest.mark.parametrize(
-    "changed", [{"use_karras_sigmas": True}, {"use_dynamic_shifting": True}, {"shift_terminal": 0.1}, "Heun"]
+    "changed", [{"use_karras_sigmas": True}, {"use_dynamic_shifting": True}, {"shift_terminal": 0.1}], ids=str
 )
-def test_a_pipeline_with_another_schedule_is_refused_and_not_trained_on_ours(changed, tmp_path):
+def test_a_pipeline_with_another_schedule_is_sampled_by_its_own(changed, tmp_path):
     pipe = StableDiffusion3Pipeline.from_pretrained(world.path(), text_encoder_3=None, tokenizer_3=None)
-    if changed == "Heun":
-        pipe.scheduler = FlowMatchHeunDiscreteScheduler()
-    else:
-        pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **changed)
+    pipe.to(torch.float32).set_progress_bar_config(disable=True)
+    plain = models.load(Model()).sigmas(6)
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, **changed)
     pipe.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"its scheduler (is a FlowMatchHeun|has (use_karras|use_dynamic|shift_t))"):
-        models.load(Model(path=str(tmp_path)))
+    model = models.load(Model(path=str(tmp_path)))
+    assert (model.sigmas(6) - plain).abs().max() > 1e-2
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = denoise(model, noise, model.encode(PROMPTS), torch.arange(3), Sampler(steps=6)).latents[:, -1]
+    how = {"num_inference_steps": 6, "guidance_scale": 1.0, "max_sequence_length": 0, "output_type": "latent"}
+    torch.testing.assert_close(ours, pipe(PROMPTS, latents=noise, **how).images, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "said"),
+    [
+        (FlowMatchHeunDiscreteScheduler(), "its scheduler is a FlowMatchHeunDiscreteScheduler"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "noise does not fall from 1 to 0"),
+    ],
+)
+def test_a_scheduler_of_no_flow_is_refused(scheduler, said, tmp_path):
+    pipe = StableDiffusion3Pipeline.from_pretrained(world.path(), text_encoder_3=None, tokenizer_3=None)
+    pipe.scheduler = scheduler
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        models.load(Model(path=str(tmp_path))).sigmas(4)
+
+
+def test_a_shift_of_the_rollouts_own():
+    """DanceGRPO's schedule, S_3 of a uniform grid."""
+    expected = torch.tensor([1, 0.9, 0.75, 0.5, 0], dtype=torch.float64)
+    torch.testing.assert_close(models.load(Model()).sigmas(4, 3.0), expected)
 
 
 def test_a_pipeline_without_t5_gets_no_t5_tokens_wherever_it_lies(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     here, there = models.load(Model()), models.load(Model(path=str(tmp_path)))
-    torch.testing.assert_close(there.encode(PROMPTS).embeds, here.encode(PROMPTS).embeds, atol=0, rtol=0)
-    padded = models.load(Model(path=str(tmp_path), text_tokens=3)).encode(PROMPTS).embeds
-    assert not padded[:, here.encode(PROMPTS).embeds.shape[1] :].any()
-    assert padded.shape[1] == here.encode(PROMPTS).embeds.shape[1] + 3
+    torch.testing.assert_close(
+        there.encode(PROMPTS).rows["embeds"], here.encode(PROMPTS).rows["embeds"], atol=0, rtol=0
+    )
+    padded = models.load(Model(path=str(tmp_path), text_tokens=3)).encode(PROMPTS).rows["embeds"]
+    assert not padded[:, here.encode(PROMPTS).rows["embeds"].shape[1] :].any()
+    assert padded.shape[1] == here.encode(PROMPTS).rows["embeds"].shape[1] + 3
 
 
 def test_rows_of_many_noise_levels_and_prompts_in_one_forward_are_the_single_forwards():
@@ -118,7 +144,9 @@ def test_a_fresh_adapter_changes_nothing_and_its_seed_decides_it(pipe):
     model, same, other = (models.load(Model(), seed) for seed in (0, 0, 1))
     conditions, x = model.encode(PROMPTS), torch.randn(3, 4, 8, 8)
     with torch.no_grad():
-        plain = pipe.transformer(x, conditions.embeds, conditions.pooled, torch.full((3,), 700.0)).sample
+        plain = pipe.transformer(
+            x, conditions.rows["embeds"], conditions.rows["pooled"], torch.full((3,), 700.0)
+        ).sample
         ours = model.predict(x, torch.tensor(0.7), conditions, torch.arange(3), 1.0)
     torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
     names = [name for name in model.trainable if "lora_A" in name]
@@ -171,7 +199,9 @@ def test_saved_weights_load_in_diffusers_and_predict_the_same(train, tmp_path):
         theirs.load_lora_weights(tmp_path)
         assert theirs.get_active_adapters() == ["default_0"]
     with torch.no_grad():
-        loaded = theirs.transformer(x, conditions.embeds, conditions.pooled, torch.full((3,), 700.0)).sample
+        loaded = theirs.transformer(
+            x, conditions.rows["embeds"], conditions.rows["pooled"], torch.full((3,), 700.0)
+        ).sample
     torch.testing.assert_close(ours, loaded, atol=1e-5, rtol=1e-5)
 
 
@@ -180,8 +210,8 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
         models.load(Model(path=str(tmp_path)))
     with pytest.raises(ValueError, match="neither a folder nor a pipeline that the hub gives us"):
         models.load(Model(path=str(tmp_path / "missing")))
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(ValueError, match="is a FluxPipeline; known are StableDiffusion3Pipeline"):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
+    with pytest.raises(ValueError, match="is a SanaPipeline; known are StableDiffusion3Pipeline, FluxPipeline"):
         models.load(Model(path=str(tmp_path)))
 
 

@@ -475,10 +475,24 @@ def test_a_card_loads_what_the_run_loaded(run: Path, train: str) -> None:
     (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": {"path": "mine", "train": train}}), "utf-8")
     env = json.loads((run / "env.json").read_text("utf-8"))
     pipeline = {"dtype": "float32", "absent": ["text_encoder_3", "tokenizer_3"]}
+    pipeline |= {"scheduler": "DDIMScheduler.from_config(pipe.scheduler.config)"} if train == "lora" else {}
+    pipeline |= {"call": {"guidance_scale": 4.5, "negative_prompt": "", "max_sequence_length": 0}}
     (run / "env.json").write_text(json.dumps(env | {"pipeline": pipeline}), "utf-8")
     card = write_model_card(run).read_text("utf-8")
     assert ", text_encoder_3=None, tokenizer_3=None, dtype=torch.float32)" in card
-    assert "max_sequence_length=0)" in card
+    assert "guidance_scale=4.5, negative_prompt='', max_sequence_length=0).images[0]" in card
+    imported = "from diffusers import DDIMScheduler, DiffusionPipeline\n"
+    own = "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)\npipe.load_lora_weights"
+    assert (imported in card) == (own in card) == (train == "lora")
+    assert "text-to-image" in card and "text-to-video" not in card
+
+
+def test_a_card_of_a_video_model(run: Path) -> None:
+    env = json.loads((run / "env.json").read_text("utf-8"))
+    (run / "env.json").write_text(json.dumps(env | {"pipeline": {"call": {"num_frames": 5}}}), "utf-8")
+    card = ModelCard.load(write_model_card(run))
+    assert card.data.to_dict()["pipeline_tag"] == "text-to-video"
+    assert "num_frames=5).frames[0]" in card.text
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,31 @@ from typing import Any
 
 import torch
 import transformers
-from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
 from aegpo import world
 from aegpo.config import Model, did_you_mean
-from aegpo.models.base import Denoiser
+from aegpo.models.base import Denoiser, Family
+from aegpo.models.flux import Flux
+from aegpo.models.flux2_klein import Flux2Klein
+from aegpo.models.qwen_image import QwenImage
 from aegpo.models.sd3 import SD3
+from aegpo.models.unet import UNet
+from aegpo.models.wan import Wan
 
-__all__ = ["Denoiser", "load", "load_pipeline"]
+__all__ = ["Denoiser", "Family", "load", "load_pipeline"]
 
-FAMILIES = {"StableDiffusion3Pipeline": "sd3"}
+FAMILIES = {
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+    "Flux2KleinPipeline": "flux2_klein",
+    "StableDiffusionPipeline": "unet",
+    "StableDiffusionXLPipeline": "unet",
+    "QwenImagePipeline": "qwen_image",
+    "WanPipeline": "wan",
+}
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that a pipeline does without
 
 
 def load(settings: Model, seed: int = 0) -> Denoiser:
@@ -29,49 +43,65 @@ def load(settings: Model, seed: int = 0) -> Denoiser:
     Raises:
         ValueError: there is no such pipeline, or it belongs to no family that we know.
     """
-    pipe = load_pipeline(settings)
-    return SD3(pipe, settings, text_tokens(settings, pipe), seed)
+    pipe, family = load_pipeline(settings)
+    return Denoiser(pipe, family, settings, compute_dtype(settings), seed)
 
 
-def text_tokens(settings: Model, pipe: Any) -> int:
-    """Length of the T5 part of a prompt: diffusers' own 256 unless the settings say, and none without a T5."""
-    if settings.text_tokens is not None:
-        return settings.text_tokens
-    return 0 if pipe.text_encoder_3 is None else 256
+def load_pipeline(settings: Model) -> tuple[Any, Family]:
+    """The diffusers pipeline that the settings name, on the CPU, and its adapter; raises ValueError as `load` does.
 
-
-def load_pipeline(settings: Model) -> Any:
-    """The untouched diffusers pipeline that the settings name; raises ValueError as `load` does."""
+    Its scheduler is replaced where its own call would not draw as we do (`Family.scheduler`); nothing else is touched.
+    """
     path, index = _index(settings)
-    family = FAMILIES.get(index["_class_name"])
-    if family is None or settings.family not in ("auto", family):
-        raise ValueError(f"model.family: {path} is a {index['_class_name']}; known are {', '.join(FAMILIES)}")
+    name = family_name(settings)
     if not sys.stderr.isatty():
         disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    how = loading(settings)
-    pipe = StableDiffusion3Pipeline.from_pretrained(
-        path, use_safetensors=True, dtype=getattr(torch, how["dtype"]), **dict.fromkeys(how["absent"])
+    left_out = [part for part in UNUSED if index.get(part, [None])[0] is not None]
+    pipe = DiffusionPipeline.from_pretrained(
+        path, use_safetensors=True, dtype=compute_dtype(settings), **dict.fromkeys([*absent(settings), *left_out])
     )
     pipe.set_progress_bar_config(disable=True)
-    if torch.cuda.is_available():
-        pipe.to("cuda")
-    if settings.train == "full":
-        pipe.transformer.float()
-    return pipe
+    return pipe, _family(name, pipe, settings)
 
 
-def loading(settings: Model) -> dict[str, Any]:
-    """How the pipeline is loaded here: its `dtype`, and the `absent` parts.
+def _family(name: str, pipe: Any, settings: Model) -> Family:
+    match name:
+        case "sd3":
+            return SD3(pipe, settings)
+        case "flux":
+            return Flux(pipe, settings)
+        case "flux2_klein":
+            return Flux2Klein(pipe, settings)
+        case "unet":
+            return UNet(pipe, settings)
+        case "qwen_image":
+            return QwenImage(pipe, settings)
+        case _:
+            return Wan(pipe, settings)
 
-    diffusers wants the T5 that a pipeline was saved without to be named as absent.
-    """
+
+def family_name(settings: Model) -> str:
+    """The family that the pipeline belongs to, by its class; raises ValueError for one that we do not know."""
+    path, index = _index(settings)
+    family = FAMILIES.get(index["_class_name"])
+    if family is None or settings.family not in ("auto", family):
+        known = FAMILIES if settings.family == "auto" else [k for k, v in FAMILIES.items() if v == settings.family]
+        raise ValueError(f"model.family: {path} is a {index['_class_name']}; known are {', '.join(known)}")
+    return family
+
+
+def compute_dtype(settings: Model) -> torch.dtype:
+    """What the network computes in here."""
+    if settings.dtype == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    return getattr(torch, settings.dtype)
+
+
+def absent(settings: Model) -> list[str]:
+    """The parts that the pipeline was saved without, and that diffusers wants to be named as absent: such as T5."""
     _, index = _index(settings)
-    absent = [name for name in ("text_encoder_3", "tokenizer_3") if index.get(name, [None])[0] is None]
-    dtype = settings.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-    return {"dtype": dtype, "absent": absent}
+    return [part for part in ("text_encoder_3", "tokenizer_3") if index.get(part, ["there"])[0] is None]
 
 
 def _index(settings: Model) -> tuple[str, Any]:

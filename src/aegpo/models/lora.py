@@ -1,4 +1,4 @@
-"""Low-rank adapters on a diffusers transformer (arXiv 2106.09685), by peft; in float32, computed merged."""
+"""Low-rank adapters on a diffusers network (arXiv 2106.09685), by peft; in float32."""
 
 from functools import partial
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.tuners.lora import Linear
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -15,40 +15,65 @@ from aegpo.config import Lora
 ADAPTER = "default"
 
 
-def add_lora(transformer: Any, lora: Lora, targets: tuple[str, ...], seed: int) -> None:
+def add_lora(network: Any, lora: Lora, targets: tuple[str, ...], seed: int) -> None:
     """Add a fresh float32 adapter, which at first changes nothing, and make it the only thing that is trained.
 
+    Args:
+        network: a diffusers model, where it is to stay.
+        lora: rank, alpha, and the layers if they are not `targets`.
+        targets: the ends of the names of the linear layers to adapt; one that this network lacks is left out.
+        seed: of its weights.
+
     Raises:
-        ValueError: a target names no layer.
+        ValueError: a target of the settings names no layer.
     """
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    for target in lora.targets:
+        if not any(_ends(name, target) for name in linear):
+            raise ValueError(f"model.lora.targets: no linear layer is named {target!r}; for example {linear[-1]!r}")
     wanted = lora.targets or targets
-    names = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    for target in wanted:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise ValueError(f"model.lora.targets: no linear layer is named {target!r}; for example {names[-1]!r}")
+    adapted = [name for name in linear if any(_ends(name, target) for target in wanted)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        transformer.add_adapter(
-            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=list(wanted), init_lora_weights="gaussian"),
+        network.add_adapter(
+            LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=adapted, init_lora_weights="gaussian"),
             adapter_name=ADAPTER,
         )
-    for parameter in transformer.parameters():
+    for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    for module in transformer.modules():
-        if isinstance(module, Linear) and module.weight.dtype == torch.float32:
-            module.forward = partial(_merged, module)
+    for module in network.modules():
+        if isinstance(module, LoraLayer):
+            whole = type(module.base_layer) is nn.Linear and module.base_layer.weight.dtype == torch.float32
+            module.forward = partial(_merged if whole else _beside, module)  # type: ignore[method-assign]
 
 
-def _merged(layer: Linear, x: Tensor) -> Tensor:
-    """An adapted layer as one product with `W + scale B A`, which is peft's sum of three but for its rounding.
+def _ends(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
 
-    Not so in half precision, where a small change of a large weight would be rounded away.
+
+def _factors(layer: Any) -> tuple[Tensor, Tensor, float]:
+    return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
+
+
+def _beside(layer: Any, x: Tensor) -> Tensor:
+    """An adapted layer in half precision: `W x + scale B A x`, the factors rounded to what x is in.
+
+    It is not merged: a small change of a large weight would be rounded away.
     """
+    base = layer.base_layer(x)
+    if layer.disable_adapters:
+        return base
+    a, b, scale = _factors(layer)
+    return base + scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+
+
+def _merged(layer: Any, x: Tensor) -> Tensor:
+    """An adapted layer as one product with `W + scale B A`, which is peft's sum of three but for its rounding."""
     if layer.disable_adapters or torch.is_autocast_enabled(x.device.type):
-        return Linear.forward(layer, x)
-    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    return MergedProduct.apply(x, layer.weight, layer.bias, a, b, layer.scaling[ADAPTER])
+        return _beside(layer, x)
+    a, b, scale = _factors(layer)
+    return MergedProduct.apply(x, layer.base_layer.weight, layer.base_layer.bias, a, b, scale)
 
 
 class MergedProduct(torch.autograd.Function):
@@ -77,8 +102,8 @@ class MergedProduct(torch.autograd.Function):
         return to_x, None, None, to_a, to_b, None
 
 
-def lora_weights(transformer: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def lora_weights(network: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The adapter's weights and its settings, as diffusers' `save_lora_weights` takes them."""
-    settings = transformer.peft_config[ADAPTER].to_dict()
+    settings = network.peft_config[ADAPTER].to_dict()
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    return get_peft_model_state_dict(transformer, adapter_name=ADAPTER), settings
+    return get_peft_model_state_dict(network, adapter_name=ADAPTER), settings

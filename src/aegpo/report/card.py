@@ -48,10 +48,10 @@ def write_model_card(run: Path) -> Path:
 def _front_matter(record: RunRecord) -> dict[str, Any]:
     base = _base(record)
     known = {"license": "apache-2.0"} if base == EMBEDDED else {"base_model": base} if _is_on_hub(base) else {}
-    tags = ["text-to-image", "diffusers", "aegpo", "reinforcement-learning"]
+    tags = ["text-to-video" if _is_video(record) else "text-to-image", "diffusers", "aegpo", "reinforcement-learning"]
     return known | {
         "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
+        "pipeline_tag": "text-to-video" if _is_video(record) else "text-to-image",
         "tags": ["lora", *tags] if _is_lora(record) else tags,
     }
 
@@ -98,23 +98,25 @@ def _pictures(record: RunRecord) -> str:
 
 def _loading(record: RunRecord) -> str:
     lines = _loading_lora(record) if _is_lora(record) else _loading_full(record)
-    arguments = {
-        "num_inference_steps": record.setting("eval_steps") or record.setting("sampler.steps"),
-        "guidance_scale": record.setting("sampler.guidance"),
-    }
-    arguments["max_sequence_length"] = record.setting("model.text_tokens")
-    if arguments["max_sequence_length"] is None and "text_encoder_3" in record.pipeline["absent"]:
-        arguments["max_sequence_length"] = 0  # else the pipeline appends 256 zeros in the place of T5's tokens
-    if record.setting("model.resolution"):
-        arguments["height"] = arguments["width"] = record.setting("model.resolution")
-    written = ", ".join(f"{name}={value}" for name, value in arguments.items() if value is not None)
-    call = f'image = pipe("a red circle above a blue square", {written}).images[0]'
+    steps = record.setting("eval_steps") or record.setting("sampler.steps")
+    arguments = {"prompt": _prompt(record), "num_inference_steps": steps, **record.pipeline["call"]}
+    written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    frames = "num_frames" in arguments
+    call = f"video = pipe({written}).frames[0]" if frames else f"image = pipe({written}).images[0]"
     return "\n".join(["## Use", "", "```python", *lines, call, "```"])
+
+
+def _prompt(record: RunRecord) -> str:
+    """One that the run was trained on, for its pictures to be like those of the card."""
+    prompts = [prompt for row in record.training for prompt in row.get("prompts", ())]
+    return prompts[0] if prompts else "a red circle above a blue square"
 
 
 def _loading_lora(record: RunRecord) -> list[str]:
     base = _base(record)
-    imports = ["import torch", "from diffusers import DiffusionPipeline", ""]
+    scheduler = record.pipeline["scheduler"]
+    named = ", ".join(sorted({"DiffusionPipeline", *re.findall(r"^\w+", scheduler)}))
+    imports = ["import torch", f"from diffusers import {named}", ""]
     where, note = repr(base), ""
     if base == EMBEDDED:
         imports.insert(0, "import aegpo.world")
@@ -122,7 +124,8 @@ def _loading_lora(record: RunRecord) -> list[str]:
     elif not _is_on_hub(base):
         where, note = repr(_last_part(base)), "  # wherever you keep it"
     load = f"pipe = DiffusionPipeline.from_pretrained({where}, {_how(record)}){note}"
-    return [*imports, load, 'pipe.load_lora_weights(".")  # the folder of this card']
+    own = [f"pipe.scheduler = {scheduler}"] if scheduler else []
+    return [*imports, load, *own, 'pipe.load_lora_weights(".")  # the folder of this card']
 
 
 def _loading_full(record: RunRecord) -> list[str]:
@@ -150,6 +153,10 @@ def _citation(record: RunRecord) -> str:
         for paper in record.papers
     )
     return f"## Citation\n\n```bibtex\n{''.join(entries)}```"
+
+
+def _is_video(record: RunRecord) -> bool:
+    return "num_frames" in record.pipeline["call"]
 
 
 def _is_lora(record: RunRecord) -> bool:

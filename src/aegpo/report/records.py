@@ -66,8 +66,8 @@ class RunRecord:
 
     @property
     def pipeline(self) -> dict[str, Any]:
-        """How the run loaded its pipeline: `dtype`, and the `absent` parts."""
-        return {"dtype": "bfloat16", "absent": []} | self.env.get("pipeline", {})
+        """How the pipeline is loaded and called: `dtype`, its `absent` parts, its `scheduler`, and the `call`."""
+        return {"dtype": "bfloat16", "absent": [], "scheduler": "", "call": {}} | self.env.get("pipeline", {})
 
     def setting(self, dotted: str) -> Any:
         """The value of a setting such as `model.path`; None where the run's config has no such key."""

@@ -15,6 +15,8 @@ from aegpo.types import Judgement
 
 __all__ = ["Reward", "load"]
 
+FRAMES = 8  # of a video that are judged, at most
+
 
 class Reward(Protocol):
     """Judges n images; higher is better."""
@@ -30,7 +32,7 @@ def load(name: str) -> Reward:
     Args:
         name: `world`, or a function of the user's own, `file.py:function` or `package.module:function`. It is called
             with the images, uint8 (n, H, W, 3), and the n prompts, and with the n metadata mappings if it takes a third
-            argument; it returns n numbers.
+            argument; it returns n numbers. Of a video it judges frames.
 
     Raises:
         ValueError: no such reward, file or function.
@@ -38,10 +40,29 @@ def load(name: str) -> Reward:
     if name == "world":
         from aegpo import world
 
-        return lambda images, prompts, metadata: Judgement(*world.verify(images, prompts, metadata))
+        return on_frames(lambda images, prompts, metadata: Judgement(*world.verify(images, prompts, metadata)))
     if ":" not in name:
         raise ValueError(f"reward: {name!r} is unknown; give 'world', or your own as 'my_reward.py:score'")
-    return _checked(_import(name), name)
+    return on_frames(_checked(_import(name), name))
+
+
+def on_frames(reward: Reward) -> Reward:
+    """The reward, as one of videos too, uint8 (n, frames, H, W, 3): the mean over a few of the frames, evenly spaced.
+
+    A video passes where all of them do.
+    """
+
+    def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Judgement:
+        if images.ndim == 4:
+            return reward(images, prompts, metadata)
+        chosen = np.linspace(0, images.shape[1] - 1, min(FRAMES, images.shape[1])).round().astype(int)
+        count = len(chosen)
+        frames = images[:, chosen].reshape(-1, *images.shape[2:])
+        said = reward(frames, np.repeat(prompts, count).tolist(), [about for about in metadata for _ in range(count)])
+        passed = None if said.passed is None else said.passed.reshape(-1, count).all(1)
+        return Judgement(said.score.reshape(-1, count).mean(1), passed)
+
+    return judge
 
 
 def _import(name: str) -> Callable[..., Any]:

@@ -1,0 +1,285 @@
+"""Every family against diffusers' own call, on small pipelines of the real classes that are saved and loaded."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from aegpo import build, checkpoint, models
+from aegpo.config import Model, Sampler, resolve
+from aegpo.models.base import height_and_width
+from aegpo.models.probe import AttentionProbe, _attention_layers
+from aegpo.report import read_metrics
+from aegpo.rollout import _first_latents, denoise
+from tests.models.pipelines import PIPELINES
+from tests.models.pipelines import build as build_pipeline
+
+PROMPTS = ["a red circle", "two blue squares above a ring"]
+EULER = (
+    "ignore:__array__ implementation:DeprecationWarning"  # NumPy 2 of torch, in EulerDiscreteScheduler.set_timesteps
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Where each family's pipeline is saved."""
+    root = tmp_path_factory.mktemp("pipelines")
+    return {name: str(build_pipeline(name, root / name)) for name in PIPELINES}
+
+
+def settings(folders, name, **more):
+    return Model(path=folders[name], resolution=16, frames=5 if name == "wan" else 0, dtype="float32", **more)
+
+
+def plain(folder, name, **parts):
+    """The pipeline as a user loads it, with the scheduler that the model card names."""
+    pipe = DiffusionPipeline.from_pretrained(folder, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    if name in ("sd15", "sd21-v", "sdxl"):
+        pipe.scheduler = DDIMScheduler.from_config(
+            pipe.scheduler.config, timestep_spacing="leading", set_alpha_to_one=True, clip_sample=False
+        )
+    if name == "wan":
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return pipe
+
+
+def called(pipe, name, noise, guidance, steps=4, prompts=PROMPTS):
+    """Pixels of the pipeline's own call, (B, [frames,] height, width, 3) from 0 to 1."""
+    how = {"num_inference_steps": steps, "height": 16, "width": 16, "output_type": "np"}
+    if name in ("flux-schnell", "qwen-image"):
+        how |= {"true_cfg_scale": guidance, "negative_prompt": [""] * len(prompts)}
+    else:
+        how["guidance_scale"] = guidance
+    if name == "sd3":
+        how["max_sequence_length"] = 256
+    if name == "wan":
+        how["num_frames"] = 5
+    if name == "flux2-klein":  # which packs what it is given
+        noise = noise.transpose(1, 2).unflatten(2, (4, 4))
+    drawn = pipe(prompt=list(prompts), latents=noise, **how)
+    return drawn["frames"] if "frames" in drawn else drawn["images"]
+
+
+def noise_like(model, count):
+    return torch.randn(count, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+
+
+def ours(model, noise, guidance, steps=4, prompts=PROMPTS):
+    """Clean latents by ODE from standard normal noise."""
+    first = model.sigmas(steps)[0]
+    x = noise * torch.hypot(first, 1 - first).float()
+    sampler = Sampler(steps=steps, guidance=guidance)
+    return denoise(model, x, model.encode(prompts), torch.arange(len(prompts)), sampler).latents[:, -1]
+
+
+@pytest.mark.filterwarnings(EULER)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_noiseless_sampling_is_the_pipelines_own_call(name, guidance, folders):
+    model = models.load(settings(folders, name))
+    noise = noise_like(model, 2)
+    with torch.no_grad():
+        pixels = model.family.decode(ours(model, noise, guidance)) / 2 + 0.5
+    theirs = torch.from_numpy(called(plain(folders[name], name), name, noise, guidance)).movedim(-1, 1)
+    assert theirs.std() > 0.02
+    assert (pixels.clamp(0, 1) - theirs).abs().max() < 1e-4
+    if guidance > 1:
+        with torch.no_grad():
+            other = model.family.decode(ours(model, noise, 1.0)) / 2 + 0.5
+        assert (other.clamp(0, 1) - theirs).abs().max() > 1e-2  # guidance does something
+    before = model.forwards
+    ours(model, noise, guidance)
+    assert model.forwards - before == 2 * 4 * (1 + model.doubles(guidance))
+    assert model.doubles(guidance) == (guidance > 1 and name != "flux")
+
+
+REWARD = """
+def score(images, prompts):
+    return images[..., 0].reshape(len(images), -1).mean(1) / 255
+"""
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A prompt file and a reward of a user's own."""
+    root = tmp_path_factory.mktemp("task")
+    (root / "reward.py").write_text(REWARD)
+    (root / "prompts.txt").write_text("\n".join([*PROMPTS, "a green cross", "a ring"]))
+    return root
+
+
+def trained(name, train, folders, task, run):
+    """Two AEGPO steps, with noise and a trunk, under guidance, of changed weights."""
+    config = resolve(
+        {
+            "algorithm": "aegpo-paper",
+            "model": {
+                "path": folders[name],
+                "resolution": 16,
+                "frames": 5 if name == "wan" else 0,
+                "train": train,
+                "dtype": "float32",
+                "lora": {"rank": 4, "alpha": 8},
+            },
+            "prompts": {"train": str(task / "prompts.txt"), "eval": str(task / "prompts.txt")},
+            "reward": f"{task / 'reward.py'}:score",
+            "sampler": {
+                "steps": 4,
+                "guidance": 2.0,
+                "kind": "ddim" if name.startswith("sd") and name != "sd3" else "cps",
+            },
+            "exploration": {"k": 2},
+            "allocation": {"low": 2, "high": 4},
+            "steps": 2,
+            "prompts_per_step": 2,
+            "rollouts_per_step": 6,
+            "eval_images": 1,
+            "optimizer": {"lr": 0.02 if train == "lora" else 0.002},
+            "output_dir": str(run),
+        }
+    )
+    build.run(config)
+    return config
+
+
+@pytest.mark.filterwarnings(EULER)
+@pytest.mark.parametrize("train", ["lora", "full"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_trained_weights_draw_the_same_image_in_a_plain_diffusers_pipeline(name, train, folders, task, tmp_path):
+    config = trained(name, train, folders, task, tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")
+    assert [row["rows"] > 0 for row in rows[1:]] == [True, True]
+    assert all(row["delta_entropy/mean"] == 0 for row in rows[1:2]) and rows[2]["delta_entropy/mean"] > 0
+    assert max(row["ratio/first_error"] for row in rows[1:]) < 1e-5
+
+    model = models.load(config.model, config.seed)
+    base = model.family.decode(ours(model, noise_like(model, 2), 2.0))
+    checkpoint.load_weights(tmp_path / "run" / "checkpoint-2", model.trainable)
+    policy = model.family.decode(ours(model, noise_like(model, 2), 2.0))
+    assert (policy - base).abs().max() > 1e-2
+    if train == "lora":
+        pipe = plain(folders[name], name)
+        pipe.load_lora_weights(str(tmp_path / "run"))
+        assert pipe.get_active_adapters() == ["default_0"]
+    else:  # a pipeline by itself, with the scheduler that draws so
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / "run")
+        pipe.set_progress_bar_config(disable=True)
+    theirs = torch.from_numpy(called(pipe, name, noise_like(model, 2), 2.0)).movedim(-1, 1)
+    assert ((policy / 2 + 0.5).clamp(0, 1) - theirs).abs().max() < 2e-4
+
+    build.sample(tmp_path / "run", PROMPTS[0], tmp_path / "x.png", seed=7)
+    with Image.open(tmp_path / "x.png") as image:
+        assert getattr(image, "n_frames", 1) == (5 if name == "wan" else 1)
+        assert np.asarray(image.convert("RGB")).std() > 1
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_the_probe_sees_every_attention_layer(name, folders):
+    model = models.load(settings(folders, name))
+    conditions, x = model.encode(PROMPTS), noise_like(model, 2)
+    with AttentionProbe(model.network, queries="all", rows=4096) as probe:
+        v = model.predict(x, torch.tensor(0.7), conditions, torch.arange(2), 1.0)
+    entropy = probe.entropy()
+    assert {layer.name for layer in probe.layers} == set(_attention_layers(model.network))
+    assert entropy.shape == (len(_attention_layers(model.network)), 2) and (entropy > 0).all()
+    assert torch.equal(v, model.predict(x, torch.tensor(0.7), conditions, torch.arange(2), 1.0))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_no_prompt_is_encoded_twice_and_none_depends_on_its_neighbours(name, folders):
+    model = models.load(settings(folders, name))
+    calls = []
+    encode = model.family.encode
+    model.family.encode = lambda prompt: calls.append(prompt) or encode(prompt)
+    together = model.encode([PROMPTS[1], PROMPTS[0], PROMPTS[1]])
+    assert calls == ["", PROMPTS[1], PROMPTS[0]]
+    alone = model.encode(PROMPTS[:1])
+    model.prepare([*PROMPTS, ""])
+    assert len(calls) == 3
+    tokens = alone.rows["embeds"].shape[1]
+    assert torch.equal(together.rows["embeds"][1, :tokens], alone.rows["embeds"][0])
+    assert torch.equal(together.rows["embeds"][0], together.rows["embeds"][2])
+    assert (together.rows["embeds"][0] - together.rows["embeds"][1]).abs().max() > 1e-2
+
+    x, sigma = noise_like(model, 1), torch.tensor(0.6)
+    with torch.no_grad():  # what pads a prompt beside a longer one changes nothing
+        padded = model.predict(x, sigma, together, torch.tensor([1]), 2.0)
+        bare = model.predict(x, sigma, alone, torch.tensor([0]), 2.0)
+    torch.testing.assert_close(padded, bare, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21-v", "sdxl"])
+def test_a_u_nets_velocity_is_that_of_its_own_prediction(name, folders):
+    """x0 and e by diffusers' DDIM formulas, in its own coordinates, at every tenth timestep."""
+    model = models.load(settings(folders, name))
+    pipe, conditions = model.pipe, model.encode(PROMPTS[:1])
+    alphas = pipe.scheduler.alphas_cumprod.double()
+    assert pipe.scheduler.config.prediction_type == ("v_prediction" if name == "sd21-v" else "epsilon")
+    for t in range(0, 1000, 100):
+        a = alphas[t]
+        sigma = (1 - a).sqrt() / (a.sqrt() + (1 - a).sqrt())
+        x = noise_like(model, 1)
+        latent = x * (a.sqrt() + (1 - a).sqrt()).float()
+        given = {"encoder_hidden_states": conditions.rows["embeds"]}
+        if name == "sdxl":
+            sizes = torch.tensor([[16.0, 16, 0, 0, 16, 16]])
+            given["added_cond_kwargs"] = {"text_embeds": conditions.rows["pooled"], "time_ids": sizes}
+        with torch.no_grad():
+            v = model.predict(x, sigma, conditions, torch.tensor([0]), 1.0)
+            predicted = pipe.unet(latent, t, **given).sample
+        step = DDIMScheduler.from_config(pipe.scheduler.config, set_alpha_to_one=True)
+        step.set_timesteps(1000)
+        step.final_alpha_cumprod = torch.tensor(1.0)
+        x0 = step.step(predicted, t, latent).pred_original_sample
+        e = (latent - a.sqrt().float() * x0) / (1 - a).sqrt().float()
+        torch.testing.assert_close(v, e - x0, atol=1e-3, rtol=1e-3)
+
+
+def test_the_first_latents_of_a_u_net_are_pure_noise(folders):
+    model = models.load(settings(folders, "sd15"))
+    sigmas = model.sigmas(10)
+    alpha = model.pipe.scheduler.alphas_cumprod[901].double()
+    assert sigmas[0] == pytest.approx(((1 - alpha).sqrt() / (alpha.sqrt() + (1 - alpha).sqrt())).item(), abs=1e-7)
+    first = _first_latents(model, [(1, 2)], sigmas) * (alpha.sqrt() + (1 - alpha).sqrt())
+    whole = _first_latents(model, [(1, 2)], torch.ones(1))
+    torch.testing.assert_close(first.float(), whole, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "said"),
+    [
+        ("flux", {"resolution": 15}, "model.resolution: 15 is not a multiple of 4 pixels; 16 is near it"),
+        ("sd15", {"resolution": [16, 18]}, "model.resolution: 18 is not a multiple of 4 pixels"),
+        ("wan", {"resolution": 16, "frames": 4}, "model.frames: 4 is not one more than a multiple of 2; 5 is near it"),
+        ("flux", {"family": "sd3"}, "is a FluxPipeline; known are StableDiffusion3Pipeline"),
+        ("sd3", {"resolution": 4096}, "is above"),
+        ("flux", {"lora": {"targets": ["to_z"]}}, "model.lora.targets: no linear layer is named 'to_z'"),
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_said_in_a_line(name, changed, said, folders):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        models.load(resolve({"model": {"path": folders[name]} | changed}).model)
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl", "qwen-image"])
+def test_an_image_need_not_be_square(name, folders):
+    model = models.load(Model(path=folders[name], resolution=(16, 24), dtype="float32"))
+    noise = noise_like(model, 1)
+    pixels = model.decode(ours(model, noise, 1.0, prompts=PROMPTS[:1]))
+    assert pixels.shape == (1, 16, 24, 3)
+    pipe = plain(folders[name], name)
+    guidance = {"true_cfg_scale" if name == "qwen-image" else "guidance_scale": 1.0}
+    theirs = pipe(
+        prompt=PROMPTS[:1], latents=noise, num_inference_steps=4, height=16, width=24, output_type="np", **guidance
+    ).images
+    assert np.abs(pixels - theirs * 255).max() <= 0.51
+
+
+def test_the_size_of_an_image():
+    assert height_and_width(Model(), (32, 48), 16) == (32, 48)
+    assert height_and_width(Model(resolution=64), (32, 48), 16) == (64, 64)
+    assert height_and_width(Model(resolution=(16, 48)), (32, 48), 16) == (16, 48)
