@@ -143,7 +143,9 @@ def _sample(words: list[str]) -> None:
 def _evaluate(words: list[str]) -> None:
     parser = _Parser("eval", "Judge the weights of a run, on held-out prompts.")
     parser.add_argument("RUN", type=_run_folder, help="the folder of a run")
-    parser.add_argument("--prompts", type=_text, metavar="FILE", help="a .txt or .jsonl (default: the run's own)")
+    parser.add_argument(
+        "--prompts", type=_text, metavar="FILE", help="a .txt, a .jsonl or a data set (default: the run's own)"
+    )
     judge = "world, or FILE.py:FUNCTION (default: the run's own)"
     parser.add_argument("--reward", type=_text, metavar="NAME", help=judge)
     parser.add_argument("--images", type=_whole(1), metavar="N", help="images for each prompt (default: the run's own)")
@@ -172,7 +174,9 @@ def _analyze(words: list[str]) -> None:
         "MODEL", type=_text, help="the folder of a run, a diffusers pipeline (folder, hub id), or world"
     )
     default = "default: the run's held-out prompts, or the world's; any other model needs it"
-    parser.add_argument("--prompts", type=_text, metavar="FILE", help=f"a .txt or .jsonl, or world ({default})")
+    parser.add_argument(
+        "--prompts", type=_text, metavar="FILE", help=f"a .txt, a .jsonl, a data set, or world ({default})"
+    )
     parser.add_argument(
         "--reward", type=_text, metavar="NAME", help="world, or FILE.py:FUNCTION (default: the run's own)"
     )

@@ -92,7 +92,9 @@ class Model:
 
 @dataclass(frozen=True, config=_STRICT)
 class Prompts:
-    """Where prompts come from: a .txt (one a line), a .jsonl (`prompt` and any metadata), or `world`."""
+    """Where prompts come from: a .txt (one a line), a .jsonl (`prompt` and any metadata), `world`, or a data set that
+    `datasets` reads: a folder or `user/name` of the Hub, and maybe `:split` (default: `train`; held-out: `test`, else
+    `validation`), with its prompts under `prompt`, else `caption`, else `text`."""
 
     train: str = "world"
     """Prompts to learn on."""

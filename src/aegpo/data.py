@@ -1,6 +1,9 @@
-"""Prompts from a file or from the embedded world, and their deterministic draw."""
+"""Prompts from a file, a data set or the embedded world, and their deterministic draw."""
 
 import json
+import os
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,9 @@ import numpy as np
 from aegpo.types import Prompt
 
 DRAW = 5  # what a random choice is for: the first number of its key
+TEXT = ("prompt", "caption", "text")  # columns of a data set that may hold the prompt; the first there is does
+SPLITS = {"train": ("train",), "eval": ("test", "validation")}  # of a data set, by the setting; the first there is
+PLAIN = re.compile("(large_)?string|bool|null|u?int[0-9]+|float[0-9]+")  # types that JSON has too
 
 
 def named(source: str, split: str, option: str | None = None) -> str:
@@ -22,12 +28,15 @@ def load_prompts(source: str, split: str, option: str | None = None) -> list[Pro
 
     Args:
         source: `world` for the embedded prompts, a .txt with one prompt a line (empty lines are skipped), or a .jsonl
-            whose objects hold `prompt` and any metadata the reward may want.
-        split: `train` or `eval`: which of the world's sets.
+            whose objects hold `prompt` and any metadata the reward may want; or a data set, a folder or `user/name` of
+            the Hub, and after it maybe `:split`. Its prompts stand under the first of TEXT that holds text, and all
+            columns that JSON could hold are metadata; others, images say, are left out unread.
+        split: `train` or `eval`: which of the world's sets, and by default of a data set's splits (SPLITS).
         option: of the command line that gave the source, for errors; by default they name the setting.
 
     Raises:
-        ValueError: the file is missing, empty, not UTF-8, or a line of it is not a prompt.
+        ValueError: the file is missing, empty, not UTF-8, or a line of it is not a prompt; or the data set cannot be
+            read, or holds no such split, no text or an empty one.
     """
     where = named(source, split, option)
     if source == "world":
@@ -36,8 +45,13 @@ def load_prompts(source: str, split: str, option: str | None = None) -> list[Pro
         rows: list[dict[str, Any]] = world.training() if split == "train" else world.held_out()
         return _prompts(rows, where)
     path = Path(source)
+    if _is_data_set(source):
+        return _data_set(source, split, where)
     if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{where} must be a .txt (one prompt a line), a .jsonl (with a 'prompt' key), or 'world'")
+        raise ValueError(
+            f"{where} must be a .txt (one prompt a line), a .jsonl (with a 'prompt' key), 'world', "
+            f"or a data set (a folder, or user/name of the Hub)"
+        )
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
@@ -63,6 +77,74 @@ def _prompts(rows: list[dict[str, Any]], where: str) -> list[Prompt]:
     if not rows:
         raise ValueError(f"{where} holds no prompt; write one a line")
     return [Prompt(i, row["prompt"], {k: v for k, v in row.items() if k != "prompt"}) for i, row in enumerate(rows)]
+
+
+def _is_data_set(source: str) -> bool:
+    """Whether it names a folder, or what may be one of the Hub's data sets."""
+    name, _ = _name_and_split(source)
+    on_the_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith((".txt", ".jsonl"))
+    return os.path.isdir(name) or (bool(on_the_hub) and not Path(source).exists())
+
+
+def _name_and_split(source: str) -> tuple[str, str]:
+    """The parts of `name:split`; the split is empty where none is asked for."""
+    name, _, split = (source, "", "") if os.path.isdir(source) else source.partition(":")
+    return name, split
+
+
+def _data_set(source: str, split: str, where: str) -> list[Prompt]:
+    name, asked = _name_and_split(source)
+    wanted = (asked,) if asked else SPLITS[split]
+    splits = _load_splits(name, where)
+    chosen = next((split for split in wanted if split in splits), None)
+    if chosen is None:
+        raise ValueError(
+            f"{where} has no split {' or '.join(map(repr, wanted))}, only {', '.join(splits)}; "
+            f"say which, as in {name}:{next(iter(splits))}"
+        )
+    rows = splits[chosen]
+    text = next((column for column in TEXT if _holds_text(rows.features.get(column))), None)
+    if text is None:
+        raise ValueError(
+            f"{where} has no text under 'prompt', 'caption' or 'text'; its columns are {', '.join(rows.column_names)}"
+        )
+    rows = list(rows.select_columns([column for column, kind in rows.features.items() if _is_json(kind)]))
+    for i, row in enumerate(rows):
+        if not (row[text] or "").strip():
+            raise ValueError(f"{where}, row {i} of {chosen}, has an empty {text!r}")
+    return [Prompt(i, row[text], {k: v for k, v in row.items() if k != text}) for i, row in enumerate(rows)]
+
+
+def _load_splits(name: str, where: str) -> Any:
+    """The data set's splits by name, as `datasets` gives them."""
+    try:
+        import datasets
+
+        if int(datasets.__version__.partition(".")[0]) < 4:  # it would run a data set's own code
+            raise ImportError
+    except ImportError:
+        raise ValueError(
+            f"{where} is a data set, which the library datasets reads, from 4.0 on: pip install 'aegpo[datasets]'"
+        ) from None
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(name)
+    except Exception as error:  # of the Hub, the network or a file's format: each has its own kinds
+        raise ValueError(f"{where} cannot be read as a data set: {' '.join(str(error).split())}") from error
+
+
+def _holds_text(kind: Any) -> bool:
+    return getattr(kind, "dtype", None) in ("string", "large_string")
+
+
+def _is_json(kind: Any) -> bool:
+    """Whether a column of that type of `datasets` holds what JSON can: texts, numbers, lists and objects of them."""
+    if isinstance(kind, dict):
+        return all(map(_is_json, kind.values()))
+    if hasattr(kind, "feature"):  # of the items of a list
+        return _is_json(kind.feature)
+    return type(kind).__name__ == "Json" or bool(PLAIN.fullmatch(str(getattr(kind, "dtype", ""))))
 
 
 def draw(prompts: Sequence[Prompt], count: int, seed: int, step: int) -> list[Prompt]:
