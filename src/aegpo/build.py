@@ -5,6 +5,7 @@ import json
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
@@ -15,11 +16,12 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from aegpo import checkpoint, rewards, world
 from aegpo.analysis import analyze as measure
 from aegpo.analysis import evaluations, read_entropy
+from aegpo.comparison import LEVEL, compare, drawn_as, summary
 from aegpo.config import Config, dump_yaml, eval_steps, load_yaml, needs_probe, resolve, with_noise
 from aegpo.data import load_prompts, named
 from aegpo.display import Display, bar
@@ -33,7 +35,8 @@ from aegpo.train import train
 from aegpo.types import Prompt
 
 RUN_FILES = (
-    *("config.yaml", "env.json", "metrics.jsonl", "metrics.partial", "report.html", "README.md", "samples", "analysis"),
+    *("config.yaml", "env.json", "metrics.jsonl", "metrics.partial", "report.html", "README.md", "samples"),
+    *("analysis", "eval"),
     *("checkpoint-*", ".checkpoint-*", ".weights", "pytorch_lora_weights.safetensors", ".report*", ".README*"),
     *("model_index.json", "scheduler", "transformer", "unet", "vae", "text_encoder*", "tokenizer*"),
 )
@@ -162,6 +165,58 @@ def evaluate(
     model = load(config.model, config.seed)
     checkpoint.load_weights(newest, model.trainable)
     return evaluate_policy(config, model, held_out, judge)
+
+
+def evaluate_by_all(
+    run: Path, judges: Sequence[str], prompts: str | None = None, images: int | None = None, out: Path | None = None
+) -> dict[str, Any]:
+    """Judge pictures of a run's newest checkpoint, and of its base policy from the same noise, by several rewards.
+
+    Args:
+        run: the run's folder.
+        judges: the rewards' names, each once.
+        prompts: by default the run's held-out ones.
+        images: for each prompt; by default the run's own number.
+        out: the folder to write `eval.json` and `images` into; by default `eval` in the run's folder.
+
+    Returns:
+        What `eval.json` holds.
+
+    Raises:
+        ValueError: as `evaluate` does, or there is but one prompt; nothing has been written then.
+    """
+    config = _config(run, _given(prompts, None), {"eval_images": images} if images else {})
+    option = prompts and "--prompts"
+    held_out = _prompts(config, "eval", option)
+    where = named(config.prompts.eval, "eval", option)
+    if len(held_out) == 1:
+        raise ValueError(f"{where} holds one prompt, and intervals over prompts take two at least")
+    newest = _checkpoints(run)[-1]
+    tried = {name: _reward(replace(config, reward=name), {where: held_out}) for name in judges}
+    model = load(config.model, config.seed)
+    checkpoint.load_weights(newest, model.trainable)
+    out = out or run / "eval"
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "eval.json").unlink(missing_ok=True)  # it must not stand beside other pictures than its own
+
+    console = Console()
+    count = 2 * len(held_out) * config.eval_images
+    console.print(
+        f"{len(held_out)} prompts, {count:,} pictures; eval.json is written when all is done", highlight=False
+    )
+    with bar("eval", count, console) as advance:
+        scores = compare(config, model, held_out, tried, out / "images", advance)
+    content = {
+        "run": run.resolve().name,
+        "checkpoint": newest.name,
+        "settings": drawn_as(config),
+        "prompts": [{"id": prompt.id, "prompt": prompt.text} for prompt in held_out],
+        "rewards": summary(scores),
+    }
+    (out / "eval.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    console.print(_base_and_run(content["rewards"]))
+    console.print(f"eval: {out / 'eval.json'}", highlight=False, markup=False, soft_wrap=True)
+    return content
 
 
 def analyze(
@@ -373,6 +428,17 @@ def _correlations(measured: dict[str, Any]) -> Iterator[Table]:
         steps, share = from_one(reading["chosen"]), percent(reading["share"])
         table.add_row(READINGS[name], correlation(reading["correlation"]), steps, share)
     yield table
+
+
+def _base_and_run(judged: dict[str, Any]) -> Table:
+    """A row for each reward: means, and under each its interval."""
+    policies = ("base", "run", "gain")
+    columns = Column("reward", overflow="fold"), *(Column(name, no_wrap=True) for name in policies)
+    table = Table(*columns, title=f"means, and {LEVEL:.0%} intervals over prompts")
+    for name, row in judged.items():
+        both = [(row[column]["mean"], *row[column]["interval"]) for column in policies]
+        table.add_row(escape(name), *(f"{mean:.4f}\n[{low:.4f}, {high:.4f}]" for mean, low, high in both))
+    return table
 
 
 def _before_after(folder: Path) -> Table:

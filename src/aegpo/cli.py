@@ -27,6 +27,7 @@ Align diffusion and flow models with human preference by online reinforcement le
   aegpo train [RECIPE] [--a.b VALUE ...] [--dry-run] [--resume latest|PATH] [--output-dir DIR] [--overwrite]
   aegpo sample RUN --prompt "a red circle above a blue square" --out x.png [--seed 0]
   aegpo eval RUN [--prompts FILE] [--reward NAME] [--images N]
+  aegpo eval RUN --rewards NAME,NAME,... [--prompts FILE] [--images N] [--out DIR]
   aegpo report RUN
   aegpo analyze MODEL [--prompts FILE] [--reward NAME] [--images N] [--out DIR] [--a.b VALUE ...]
   aegpo world pretrain OUT [--steps N] [--seed N]
@@ -141,17 +142,30 @@ def _sample(words: list[str]) -> None:
 
 
 def _evaluate(words: list[str]) -> None:
-    parser = _Parser("eval", "Judge the weights of a run, on held-out prompts.")
-    parser.add_argument("RUN", type=_run_folder, help="the folder of a run")
-    parser.add_argument(
-        "--prompts", type=_text, metavar="FILE", help="a .txt, a .jsonl or a data set (default: the run's own)"
+    about = (
+        "Judge the weights of a run, on held-out prompts; with --rewards by several rewards, beside the base policy."
     )
+    parser = _Parser("eval", about)
+    parser.add_argument("RUN", type=_run_folder, help="the folder of a run")
+    own = "a .txt, a .jsonl or a data set (default: the run's own)"
+    parser.add_argument("--prompts", type=_text, metavar="FILE", help=own)
     judge = "world, or FILE.py:FUNCTION (default: the run's own)"
     parser.add_argument("--reward", type=_text, metavar="NAME", help=judge)
+    several = "one or several such: the base's pictures and the run's, each drawn once, are judged by all and kept"
+    parser.add_argument("--rewards", type=_names, metavar="NAME,NAME,...", help=several)
     parser.add_argument("--images", type=_whole(1), metavar="N", help="images for each prompt (default: the run's own)")
+    where = "with --rewards, where to write eval.json and images (default: RUN/eval)"
+    parser.add_argument("--out", type=_text, metavar="DIR", help=where)
     asked = parser.read(words)
-    from aegpo.build import evaluate
+    if asked.reward and asked.rewards:
+        raise ValueError("eval: --reward judges by one, --rewards by several and beside the base; give one of them")
+    if asked.out and not asked.rewards:
+        raise ValueError("eval: --out says where --rewards writes; without it nothing is written")
+    from aegpo.build import evaluate, evaluate_by_all
 
+    if asked.rewards:
+        evaluate_by_all(asked.RUN, asked.rewards, asked.prompts, asked.images, Path(asked.out) if asked.out else None)
+        return
     for name, value in evaluate(asked.RUN, asked.prompts, asked.reward, asked.images).items():
         print(f"{name:<32} {value:.4f}")
 
@@ -464,6 +478,15 @@ def _text(word: str) -> str:
     if not word.strip():
         raise argparse.ArgumentTypeError("must not be empty")
     return word
+
+
+def _names(word: str) -> list[str]:
+    names = [name.strip() for name in word.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, not {word!r}")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise argparse.ArgumentTypeError(f"{twice} stands twice; give each once")
+    return names
 
 
 def _whole(least: int) -> Callable[[str], int]:
