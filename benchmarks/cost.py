@@ -51,7 +51,7 @@ def measure(size: dict[str, int]) -> dict[str, float]:
 
     side = int(size["image tokens"] ** 0.5)
     with tempfile.TemporaryDirectory() as folder:
-        pipe = load_pipeline(Model())
+        pipe, _ = load_pipeline(Model())
         torch.manual_seed(0)
         known = dict(pipe.transformer.config) | {"num_layers": size["layers"], "pos_embed_max_size": 32}
         pipe.transformer = SD3Transformer2DModel.from_config(known)

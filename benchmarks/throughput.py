@@ -58,7 +58,7 @@ class Step:
         self.config: Config = resolve(SETTINGS, {"optimizer": {"micro_batch": micro_batch}})
         self.model: Any = models.load(self.config.model)
         if kind == "reference":  # the adapter as peft computes it
-            for module in self.model.transformer.modules():
+            for module in self.model.network.modules():
                 if isinstance(module, LoraLinear):
                     vars(module).pop("forward", None)
         with torch.no_grad():  # past the point where half of an adapter's gradient is zero

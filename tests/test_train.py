@@ -1,5 +1,6 @@
 """The loop end to end on the embedded world: what must be exactly the same, and what must survive."""
 
+import ast
 import contextlib
 import hashlib
 import json
@@ -172,7 +173,9 @@ def test_a_whole_run_by_the_command_line_and_what_it_leaves(tmp_path, capsys):
     tuned = pipe(prompt, generator=torch.Generator().manual_seed(5), **options).images[0]
     assert (np.rint(tuned * 255) == np.asarray(Image.open(out))).all()
     assert (plain != tuned).any()
-    assert (drawn_by_the_card(run, seed=5) == np.asarray(Image.open(out))).all()
+    drawn, prompt = drawn_by_the_card(run, seed=5)
+    assert main(["sample", str(run), "--prompt", prompt, "--out", str(out), "--seed", "5"]) == 0
+    assert (drawn == np.asarray(Image.open(out))).all()
 
     # an existing run is never overwritten by chance
     capsys.readouterr()
@@ -230,21 +233,23 @@ def test_a_run_costs_what_the_dry_run_says(tmp_path, capsys, changes):
 
 
 def drawn_by_the_card(run, seed):
-    """The picture that the model card's own lines draw, in the folder of the card."""
+    """The picture that the model card's own lines draw, in the folder of the card, and the prompt they draw."""
     code = re.search(r"```python\n(.*?)```", (run / "README.md").read_text(), re.DOTALL)
     assert code
     torch.manual_seed(seed)
     names = {}
     with contextlib.chdir(run):
         exec(code[1], names)
-    return np.asarray(names["image"])
+    return np.asarray(names["image"]), ast.literal_eval(re.search("prompt=('.*?')", code[1])[1])
 
 
 def test_the_card_of_a_fully_trained_run_draws_what_sample_draws(tmp_path):
     build.run(config(tmp_path, steps=1, model={"train": "full"}, sampler={"guidance": 3.0}, eval_steps=7))
     assert "num_inference_steps=7" in (tmp_path / "run" / "README.md").read_text()  # an evaluation's, not a rollout's 4
-    build.sample(tmp_path / "run", "a red circle above a blue square", tmp_path / "x.png", 5)
-    assert (drawn_by_the_card(tmp_path / "run", seed=5) == np.asarray(Image.open(tmp_path / "x.png"))).all()
+    drawn, prompt = drawn_by_the_card(tmp_path / "run", seed=5)
+    assert prompt in metrics(tmp_path / "run")[1]["prompts"]
+    build.sample(tmp_path / "run", prompt, tmp_path / "x.png", 5)
+    assert (drawn == np.asarray(Image.open(tmp_path / "x.png"))).all()
 
 
 def test_a_users_own_prompts_reward_and_pipeline(tmp_path):
@@ -798,9 +803,9 @@ def test_rows_are_dealt_once_each_and_out_of_their_order(rows, monkeypatch):
     conditions, full = rows
     dealt = []
 
-    def spy(config, model, some, conditions, v):
+    def spy(config, model, some, *others, **more):
         dealt[-1] += some.advantage.tolist()  # a name for a row
-        return objective(config, model, some, conditions, v)
+        return objective(config, model, some, *others, **more)
 
     monkeypatch.setattr(train, "objective", spy)
     settings, model = resolve({"algorithm": "aegpo", "optimizer": {"updates": 2}}), models.load(Config().model)

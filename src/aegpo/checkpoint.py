@@ -25,7 +25,7 @@ def save(
     run: Path,
     step: int,
     weights: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     average: EMAModel | None,
     behaviour: Sequence[Tensor] | None,
     memory: Mapping[str, Tensor],
@@ -62,7 +62,7 @@ def save(
 def load(
     folder: Path,
     weights: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.Optimizer,
     average: EMAModel | None,
     behaviour: Sequence[Tensor] | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -80,9 +80,9 @@ def load(
     for name, parameter in weights.items():
         parameter.data.copy_(saved[name])
         optimizer.state[parameter] = {
-            key: moments[f"{name}/{key}"].to(parameter.device if key != "step" else "cpu")
-            for key in ("step", "exp_avg", "exp_avg_sq")
-            if f"{name}/{key}" in moments
+            key.removeprefix(f"{name}/"): _restored(key, moment, optimizer, parameter)
+            for key, moment in moments.items()
+            if key.rpartition("/")[0] == name
         }
     state = json.loads((folder / "state.json").read_text())
     if average is not None and "average_steps" in state:
@@ -153,9 +153,20 @@ def verify(folder: Path, weights: Mapping[str, nn.Parameter] | None = None) -> N
             )
 
 
-def _optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+def _optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     states = {name: optimizer.state.get(parameter, {}) for name, parameter in weights.items()}
-    return {f"{name}/{key}": tensor.contiguous() for name, state in states.items() for key, tensor in state.items()}
+    return {
+        f"{name}/{key}": torch.as_tensor(value).contiguous()
+        for name, state in states.items()
+        for key, value in state.items()
+    }
+
+
+def _restored(key: str, saved: Tensor, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Any:
+    """What an optimizer keeps of a parameter: the number of its steps torch has on the host, bitsandbytes as an int."""
+    if not key.endswith("/step"):
+        return saved.to(parameter.device)
+    return saved if isinstance(optimizer, torch.optim.AdamW) else int(saved)
 
 
 def _digest(file: Path) -> str:

@@ -267,6 +267,8 @@ class Loss:
 class Optimizer:
     """AdamW and how rows are dealt to it."""
 
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"
+    """torch's, or bitsandbytes', which keeps its moments in 8 bits (arXiv 2110.02861)."""
     lr: Positive = 3e-4
     """Learning rate."""
     decay: Literal["none", "linear"] = "none"
@@ -282,6 +284,10 @@ class Optimizer:
     """Draw what is to be trained with its graph and keep that until the reward is known, so that the update needs no
     forward of its own (LeanGRPO, arXiv 2609.03528): exact where there is one update a step. It takes the memory of
     all rows of the step at once. Under `ode` it saves an evaluation a row where the loss looks at the old policy's."""
+    recompute: Switch | None = None
+    """Take ratios to what the policy predicted in the batches in which it is trained, not in those that drew rollouts,
+    so that they begin at exactly 1; null: where the network computes in half precision, whose rounding would show. It
+    costs nothing in the first update of a step, and a forward a row in the others."""
     micro_batch: Count = 48
     """Rows (and rollouts) in one forward; `loss.kind: dgpo` keeps a prompt's whole group at a noise level together,
     even where that is more."""
@@ -380,6 +386,12 @@ def needs_reference(config: Config) -> bool:
 def needs_velocity(config: Config) -> bool:
     """Whether the loss looks at what the policy that drew a rollout predicted."""
     return config.loss.kind in ("clip", "guard", "dppo", "nft")
+
+
+def needs_recompute(config: Config, is_half: bool) -> bool:
+    """Whether what the policy predicted at a row is computed again in the batch in which the row is trained."""
+    asked = is_half if config.optimizer.recompute is None else config.optimizer.recompute
+    return asked and config.loss.kind in ("clip", *NOISY_LOSSES) and not config.optimizer.keep_graphs
 
 
 def needs_spread(config: Config) -> bool:

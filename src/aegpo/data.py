@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from aegpo.config import Config
 from aegpo.types import Prompt
 
 DRAW = 5  # what a random choice is for: the first number of its key
@@ -145,6 +146,15 @@ def _is_json(kind: Any) -> bool:
     if hasattr(kind, "feature"):  # of the items of a list
         return _is_json(kind.feature)
     return type(kind).__name__ == "Json" or bool(PLAIN.fullmatch(str(getattr(kind, "dtype", ""))))
+
+
+def ahead(prompts: Sequence[Prompt], config: Config) -> list[Prompt]:
+    """The prompts that a run draws in all its steps, each once, in the order of their file."""
+    epoch = len(prompts) // config.prompts_per_step
+    if config.steps >= epoch:
+        return list(prompts)
+    drawn = {p.id for step in range(config.steps) for p in draw(prompts, config.prompts_per_step, config.seed, step)}
+    return [prompt for prompt in prompts if prompt.id in drawn]
 
 
 def draw(prompts: Sequence[Prompt], count: int, seed: int, step: int) -> list[Prompt]:

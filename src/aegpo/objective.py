@@ -25,12 +25,18 @@ from aegpo.types import Conditions, LossOutput, Transitions
 
 
 def objective(
-    config: Config, model: Denoiser, rows: Transitions, conditions: Conditions, v: Tensor | None = None
+    config: Config,
+    model: Denoiser,
+    rows: Transitions,
+    conditions: Conditions,
+    v: Tensor | None = None,
+    on_policy: bool = False,
 ) -> LossOutput:
     """Each row's loss and its share in the pull to the base policy, times the row's weight.
 
     One forward serves rows of any prompts and denoising steps; a second, without gradient, the base policy's. The first
-    is not needed where `v`, float32 (m, ...), is what the policy predicts at the rows.
+    is not needed where `v`, float32 (m, ...), is what the policy predicts at the rows. Where the policy is known to be
+    still the one that drew them (`on_policy`), what it predicts now stands for what it predicted then.
     """
     sampler, how = config.sampler, config.loss
     sigmas = model.sigmas(sampler.steps, sampler.shift)
@@ -43,6 +49,7 @@ def objective(
         return transition(rows.x, velocity, sigma, sigma_next, sampler.kind, sampler.eta, sigmas[1].item())
 
     v = predict() if v is None else v
+    v_old = v.detach() if on_policy else rows.velocity
     v_ref = v.detach()
     if needs_reference(config):
         with torch.no_grad(), model.reference():
@@ -51,7 +58,7 @@ def objective(
     metrics: dict[str, Tensor] = {}
     match how.kind:
         case "clip" | "guard" | "dppo" if sampler.kind != "ode":
-            (mean, std), (mean_old, _) = noisy_step(v), noisy_step(rows.velocity)
+            (mean, std), (mean_old, _) = noisy_step(v), noisy_step(v_old)
             deviation = torch.full_like(std, math.sqrt(0.5)) if how.score == "squared" else std
             current = log_prob(rows.x_next, mean, deviation)
             old = log_prob(rows.x_next, mean_old, deviation)
@@ -66,7 +73,7 @@ def objective(
         case "clip":
             current, old = (
                 matching_log_prob(matching_error(u, rows.x, rows.x_next, sigma), sigma, how.matching)
-                for u in (v, rows.velocity)
+                for u in (v, v_old)
             )
             loss, metrics = _clipped(config, current - old, rows.advantage)
             metrics |= _ratios(current - old)

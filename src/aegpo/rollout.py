@@ -29,9 +29,12 @@ from aegpo.types import Conditions, Courses, Plan, Prompt, Rollouts, Transitions
 ROLLOUT, TRUNK, EVALUATION, SPREAD = 0, 1, 2, 6  # what noise is for: the first number of its key
 
 
-def noise(shape: tuple[int, ...], *key: int) -> Tensor:
-    """Standard normal noise that depends on the key alone; float32, on the CPU."""
-    return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, dtype=np.float32))
+def noise(shape: tuple[int, ...], *key: int, device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal noise, float32, that depends on the key alone, and on the kind of device that it is drawn on."""
+    if torch.device(device).type == "cpu":
+        return torch.from_numpy(np.random.default_rng(key).standard_normal(shape, dtype=np.float32))
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+    return torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(seed))
 
 
 @torch.no_grad()
@@ -75,7 +78,7 @@ def collect(
     everyone = torch.arange(len(prompt))
     names = [(p, i) for p, count in enumerate(plan.rollouts.tolist()) for i in range(count)]
     keys = [(purpose, config.seed, step, prompts[p].id, i) for p, i in names]
-    fresh = partial(_noise_of_step, model.latent_shape, keys)
+    fresh = partial(_noise_of_step, model, keys)
 
     x = _first_latents(model, [(*keys[i], 0) for i in courses.node[:, 0].tolist()], sigmas)
     leaves = torch.full_like(prompt, -1)  # the step at which a rollout leaves its trunk: most were never on one
@@ -123,7 +126,7 @@ def collect(
                 x[which], velocity[which], sigmas[at], sigmas[lands[which]], sampler.kind, sampler.eta, sigmas[1]
             )
             child = courses.node[which, lands[which]]
-            x_next[which] = mean + std * torch.stack([fresh(i, at) for i in child.tolist()]).to(x.device)
+            x_next[which] = mean + std * torch.stack([fresh(i, at) for i in child.tolist()])
             own, weight = to_train.nonzero().flatten(), plan.weight[prompt[to_train], at]
             step_of = torch.full_like(own, at)
             rows.append(_rows(x[own], x_next[own], velocity[own], step_of, lands[own], prompt, own, weight, graph[own]))
@@ -175,7 +178,7 @@ def revisit(
     for part in courses.trained.nonzero().split(config.optimizer.micro_batch):
         which, step = part.unbind(1)
         clean, sigma = x0[which], sigmas[step].to(x0)
-        e = torch.stack([fresh(i, t) for i, t in zip(whose[which].tolist(), step.tolist(), strict=True)]).to(x0.device)
+        e = torch.stack([fresh(i, t) for i, t in zip(whose[which].tolist(), step.tolist(), strict=True)])
         x = torch.lerp(clean, e, sigma.reshape(-1, *[1] * (x0.ndim - 1)))
         velocity, graph = torch.zeros_like(x), torch.full_like(which, -1)
         if keep or needs_velocity(config):
@@ -216,9 +219,9 @@ def _rows(
     )
 
 
-def _noise_of_step(shape: tuple[int, ...], keys: Sequence[tuple[int, ...]], i: int, step: int) -> Tensor:
+def _noise_of_step(model: Denoiser, keys: Sequence[tuple[int, ...]], i: int, step: int) -> Tensor:
     """The noise of a rollout's denoising step; number 0 is that of its first latent."""
-    return noise(shape, *keys[i], step + 1)
+    return noise(model.latent_shape, *keys[i], step + 1, device=model.device)
 
 
 def _first_latents(model: Denoiser, keys: Sequence[tuple[int, ...]], sigmas: Tensor) -> Tensor:
@@ -227,10 +230,8 @@ def _first_latents(model: Denoiser, keys: Sequence[tuple[int, ...]], sigmas: Ten
     A variance-preserving model begins with pure noise a little below, where its latents, with unit variance, are a
     flow's times `1 / sqrt(s^2 + (1 - s)^2)`.
     """
-    first = sigmas[0].item()
-    return torch.stack([noise(model.latent_shape, *key) for key in keys]).to(model.device) * math.hypot(
-        first, 1 - first
-    )
+    drawn = torch.stack([noise(model.latent_shape, *key, device=model.device) for key in keys])
+    return drawn * math.hypot(sigmas[0].item(), 1 - sigmas[0].item())
 
 
 def _batches(which: Tensor, most: int) -> Sequence[Tensor]:

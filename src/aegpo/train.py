@@ -7,6 +7,7 @@ It knows no algorithm by name. A variant is a choice of sampler, allocation, exp
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 from aegpo import checkpoint, logbook
 from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan, remember
-from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_spread
-from aegpo.data import draw
+from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_recompute, needs_spread
+from aegpo.data import ahead, draw
 from aegpo.evaluation import evaluate
 from aegpo.math.advantages import best_of, node_returns, tree_advantages
 from aegpo.models.base import Denoiser, acting
@@ -73,16 +74,11 @@ def train(
     Raises:
         ValueError: the reward or a checkpoint is not what it should be.
     """
-    optimizer = torch.optim.AdamW(
-        model.trainable.values(),
-        lr=config.optimizer.lr,
-        betas=config.optimizer.betas,
-        eps=config.optimizer.eps,
-        weight_decay=config.optimizer.weight_decay,
-    )
+    optimizer = make_optimizer(config, model)
     average = EMAModel(model.trainable.values(), decay=config.optimizer.ema) if config.optimizer.ema else None
     behaviour = [p.detach().clone() for p in model.trainable.values()] if config.optimizer.behaviour else None
     memory = Memory()
+    model.prepare([prompt.text for prompt in [*held_out, *ahead(prompts, config)]])
     remembers = logbook.fingerprint(
         *(config.model, config.seed, config.sampler, config.probe, config.allocation, config.reward),
         *(prompt.text for prompt in prompts),
@@ -114,6 +110,7 @@ def train(
         record(0, {})
         save(0)
 
+    sigmas = model.sigmas(config.sampler.steps, config.sampler.shift)
     for step in range(done, config.steps):
         batch = draw(prompts, config.prompts_per_step, config.seed, step)
         texts = [prompt.text for prompt in batch]
@@ -127,9 +124,7 @@ def train(
                 signals, trunk = probe(model, batch, conditions, config, visit, memory)
             if needs_spread(config) and (step % SPREAD_EVERY == 0 or memory.reward_spread is None):
                 memory.reward_spread = reward_spread(model, batch, conditions, reward, config, step, visit, trunk)
-            plan = make_plan(
-                config, batch, signals, memory, model.sigmas(config.sampler.steps, config.sampler.shift), step
-            )
+            plan = make_plan(config, batch, signals, memory, sigmas, step)
             if config.sampler.shared_noise and trunk is None:
                 trunk = shared_trunk(model, batch, conditions, plan, config, step, visit)
             display.begin("rollouts", int(plan.rollouts.sum()) * config.sampler.steps)
@@ -187,6 +182,19 @@ def credit(config: Config, scores: Tensor, group: Tensor, courses: Courses) -> t
 # ---------------------------------------------------------------- update
 
 
+def make_optimizer(config: Config, model: Denoiser) -> torch.optim.Optimizer:
+    """AdamW over the trained weights; raises ValueError where that of 8 bits is not installed."""
+    how = config.optimizer
+    settings: dict[str, Any] = {"lr": how.lr, "betas": how.betas, "eps": how.eps, "weight_decay": how.weight_decay}
+    if how.kind == "adamw":
+        return torch.optim.AdamW(model.trainable.values(), **settings)
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("optimizer.kind: adamw_8bit needs bitsandbytes; pip install 'aegpo[8bit]', or choose adamw")
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(model.trainable.values(), **settings)
+
+
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of a step."""
     return config.optimizer.lr * (1 - step / config.steps if config.optimizer.decay == "linear" else 1)
@@ -215,7 +223,11 @@ def update(
     display.begin("update", len(rows))
     totals: dict[str, Tensor] = {}
     grad_norms, first_error = [], torch.zeros((), device=rows.x.device)
-    for number, micros in enumerate(deal(rows.unit, config.optimizer.updates, config.optimizer.micro_batch, key)):
+    dealt = deal(rows.unit, config.optimizer.updates, config.optimizer.micro_batch, key)
+    again = needs_recompute(config, model.is_half)
+    if again:
+        predict_again(config, model, rows, conditions, [micro for micros in dealt[1:] for micro in micros])
+    for number, micros in enumerate(dealt):
         if not micros:
             continue
         optimizer.zero_grad()
@@ -223,7 +235,7 @@ def update(
         for micro in micros:
             part = rows[micro]
             known = part.velocity.clone().requires_grad_() if kept else None
-            loss = objective(config, model, part, conditions, known)
+            loss = objective(config, model, part, conditions, known, on_policy=again and number == 0)
             value = loss.rows.sum() / share
             if known is None:
                 value.backward()
@@ -251,6 +263,21 @@ def update(
         "ratio/first_error": None if means["ratio/mean"] is None else first_error.item(),
         "lr": optimizer.param_groups[0]["lr"],
     }
+
+
+@torch.no_grad()
+def predict_again(
+    config: Config, model: Denoiser, rows: Transitions, conditions: Conditions, micros: Sequence[Tensor]
+) -> None:
+    """Put in place of rows' velocities what the policy, still as it drew them, predicts in the batches of training.
+
+    Half precision rounds otherwise in a batch of another shape, by more than a clip of 1e-4 can bear.
+    """
+    sigmas = model.sigmas(config.sampler.steps, config.sampler.shift)
+    for micro in micros:
+        part = rows[micro]
+        sigma = sigmas[part.step].to(part.x)
+        rows.velocity[micro] = model.predict(part.x, sigma, conditions, part.prompt, config.sampler.guidance)
 
 
 def pull_back(kept: Sequence[Tensor], slope: Tensor, used: Tensor) -> None:

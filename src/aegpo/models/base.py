@@ -83,6 +83,7 @@ class Denoiser:
         trainable: the parameters that are trained, by name; float32.
         forwards: network evaluations x samples so far, a backward counted as two.
         device: where latents belong.
+        is_half: whether the network computes in half precision.
 
     Args:
         pipe: a diffusers pipeline, which this takes over.
@@ -97,6 +98,7 @@ class Denoiser:
         self.family = family
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.forwards = 0
+        self.is_half = dtype == torch.bfloat16
         self._policy: Any = getattr(pipe, family.part).eval()
         self._base: Any = None
         self._known: dict[str, dict[str, Tensor]] = {}
@@ -197,8 +199,8 @@ class Denoiser:
         if not self.doubles(guidance):
             return self._velocity(x, sigma, given, guidance)
         both = {name: torch.cat([conditions.null[name].expand_as(rows), rows]) for name, rows in given.items()}
-        velocity = self._velocity(torch.cat([x, x]), sigma.repeat(2), both, guidance)
-        return self.family.guided(*velocity.chunk(2), guidance)
+        unconditional, conditional = self._velocity(torch.cat([x, x]), sigma.repeat(2), both, guidance).chunk(2)
+        return self.family.guided(unconditional, conditional, guidance)
 
     def _velocity(self, x: Tensor, sigma: Tensor, given: Mapping[str, Tensor], guidance: float) -> Tensor:
         self.forwards += len(x)

@@ -28,10 +28,10 @@ def quantize(network: nn.Module, how: Literal["none", "int8", "nf4"], dtype: tor
         size = (layer.in_features, layer.out_features, layer.bias is not None)
         if how == "nf4":
             new: Any = bnb.nn.Linear4bit(*size, quant_type="nf4", compute_dtype=dtype)
-            new.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4", module=new)
+            new.weight = bnb.nn.Params4bit(layer.weight.data, False, quant_type="nf4", module=new)  # pyright: ignore[reportCallIssue]
         else:
             new = bnb.nn.Linear8bitLt(*size, has_fp16_weights=False)
-            new.weight = bnb.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(layer.weight.data, False, has_fp16_weights=False)  # pyright: ignore[reportCallIssue]
         new.bias = layer.bias
         return new
 

@@ -34,15 +34,16 @@ class UNet:
         own = pipe.scheduler.config
         spacing = "trailing" if own.get("timestep_spacing") == "trailing" else "leading"
         changes = {"timestep_spacing": spacing, "set_alpha_to_one": True, "clip_sample": False}
-        pipe.scheduler = DDIMScheduler.from_config(own, **changes)
+        scheduler: Any = DDIMScheduler.from_config(own, **changes)
+        pipe.scheduler = scheduler
         written = ", ".join(f"{name}={value!r}" for name, value in changes.items())
         self.scheduler = f"DDIMScheduler.from_config(pipe.scheduler.config, {written})"
-        self.predicts = pipe.scheduler.config.prediction_type
+        self.predicts = scheduler.config.prediction_type
         if self.predicts not in ("epsilon", "v_prediction"):
             raise ValueError(
                 f"model.path: its network predicts {self.predicts}; only epsilon and v_prediction are known"
             )
-        alphas = pipe.scheduler.alphas_cumprod.double()
+        alphas = scheduler.alphas_cumprod.double()
         if self.predicts == "epsilon" and alphas[-1] == 0:
             raise ValueError("model.path: its first latent is pure noise, of which an epsilon prediction tells nothing")
         self.levels = (1 - alphas).sqrt() / (alphas.sqrt() + (1 - alphas).sqrt())  # sigma of each timestep

@@ -59,7 +59,7 @@ def on_frames(reward: Reward) -> Reward:
         count = len(chosen)
         frames = images[:, chosen].reshape(-1, *images.shape[2:])
         said = reward(frames, np.repeat(prompts, count).tolist(), [about for about in metadata for _ in range(count)])
-        passed = None if said.passed is None else said.passed.reshape(-1, count).all(1)
+        passed = None if said.passed is None else np.all(said.passed.reshape(-1, count), axis=1)
         return Judgement(said.score.reshape(-1, count).mean(1), passed)
 
     return judge
