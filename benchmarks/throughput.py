@@ -94,8 +94,15 @@ class Step:
         def drawn_noise(number: int) -> Tensor:
             return torch.stack([noise(self.model.latent_shape, *key, number) for key in keys]).to(device)
 
+        def encode(prompts: list[str]) -> tuple[Tensor, Tensor]:
+            embeds, _, pooled, _ = self.model.pipe.encode_prompt(
+                prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=0, device=device
+            )
+            return embeds, pooled
+
         drawn = reference_loop.sample(
             self.model.pipe,
+            encode,
             [prompt.text for prompt in self.asked],
             drawn_noise(0),
             lambda step: drawn_noise(step + 1),

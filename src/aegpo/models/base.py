@@ -127,7 +127,7 @@ class Denoiser:
             self._policy.enable_gradient_checkpointing()
         for network in (self._policy, self._base):
             if settings.compile and network is not None:
-                network.compile_repeated_blocks()
+                compile_blocks(network)
         self._acting = self._policy
 
     @property
@@ -249,6 +249,17 @@ class Denoiser:
         self.pipe.save_lora_weights(
             folder, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": settings}
         )
+
+
+def compile_blocks(network: Any) -> None:
+    """Compile the blocks that a network repeats, each kind once, for batches of any size."""
+    names = network._repeated_blocks or network._no_split_modules
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    within = ""
+    for name, module in network.named_modules():
+        if type(module).__name__ in names and not (within and name.startswith(f"{within}.")):
+            within = name
+            module.compile()
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Low-rank adapters on a diffusers network (arXiv 2106.09685), by peft; in float32."""
 
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def add_lora(network: Any, lora: Lora, targets: tuple[str, ...], seed: int) -> N
     for module in network.modules():
         if isinstance(module, LoraLayer):
             whole = type(module.base_layer) is nn.Linear and module.base_layer.weight.dtype == torch.float32
-            module.forward = partial(_merged if whole else _beside, module)  # type: ignore[method-assign]
+            module.forward = MethodType(_merged if whole else _beside, module)  # type: ignore[method-assign]
 
 
 def _ends(name: str, target: str) -> bool:
