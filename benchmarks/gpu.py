@@ -94,9 +94,11 @@ def denoiser(size: str, config: Config) -> Denoiser:
     gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if config.model.dtype == "bfloat16" else torch.float32
     torch.manual_seed(0)
+    make_pipeline: Any = StableDiffusion3Pipeline
     with torch.device("cuda" if gpu else "cpu"):
-        transformer = SD3Transformer2DModel(**network)
-        vae = AutoencoderKL(
+        transformer: Any = SD3Transformer2DModel(**network)
+        make_vae: Any = AutoencoderKL
+        vae = make_vae(
             block_out_channels=about["channels"],
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
@@ -108,9 +110,7 @@ def denoiser(size: str, config: Config) -> Denoiser:
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
-    pipe = StableDiffusion3Pipeline(
-        transformer.to(dtype), FlowMatchEulerDiscreteScheduler(shift=3.0), vae.to(dtype), *[None] * 6
-    )
+    pipe = make_pipeline(transformer.to(dtype), FlowMatchEulerDiscreteScheduler(shift=3.0), vae.to(dtype), *[None] * 6)
     pipe.set_progress_bar_config(disable=True)
     family = SD3(pipe, config.model)
     tokens = 77 + about["text_tokens"] if size == "medium" else about["text_tokens"]
@@ -245,13 +245,14 @@ class Step:
         synchronize()
         drew = time.perf_counter()
         advantage = reference_loop.advantages(scores, group).to(model.device)
-        errors, updates = [], config.optimizer.updates
-        for number in range(updates):
-            part = slice(number * len(drawn) // updates, (number + 1) * len(drawn) // updates)
-            own = advantage.tensor_split(updates)[number]
+        errors, at = [], 0
+        for places in np.array_split(np.arange(len(drawn)), config.optimizer.updates):
+            part = [drawn[i] for i in places]
+            own = advantage[at : at + sum(len(samples.images) for samples in part)]
+            at += len(own)
             self.optimizer.zero_grad()
             ratios = reference_loop.update(
-                model.pipe, drawn[part], own, self.sigmas, how.eta, 1e-4, config.loss.kl, how.guidance, half=True
+                model.pipe, part, own, self.sigmas, how.eta, 1e-4, config.loss.kl, how.guidance, half=True
             )
             errors.append(torch.stack([(ratio - 1).abs().max() for ratio in ratios]).max())
             nn.utils.clip_grad_norm_(self.model.trainable.values(), 1.0)
@@ -272,10 +273,11 @@ class Step:
         conditions = self.model.encode([self.batch[0].text])
         x = noise(self.model.latent_shape, 0, device=self.model.device).unsqueeze(0)
         given = (x, torch.tensor(0.7), conditions, torch.tensor([0]), self.config.sampler.guidance)
-        with FlopCounterMode(display=False) as counted:
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counted:
             self.model.predict(*given).sum().backward()
         self.optimizer.zero_grad()
-        with FlopCounterMode(display=False) as forward, torch.no_grad(), self.model.reference():
+        eager = torch.compiler.set_stance("force_eager")
+        with eager, FlopCounterMode(display=False) as forward, torch.no_grad(), self.model.reference():
             self.model.predict(*given)
         once = counted.get_total_flops() + forward.get_total_flops() * needs_reference(self.config)
         return rows * once

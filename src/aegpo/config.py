@@ -286,8 +286,8 @@ class Optimizer:
     all rows of the step at once. Under `ode` it saves an evaluation a row where the loss looks at the old policy's."""
     recompute: Switch | None = None
     """Take ratios to what the policy predicted in the batches in which it is trained, not in those that drew rollouts,
-    so that they begin at exactly 1; null: where the network computes in half precision, whose rounding would show. It
-    costs nothing in the first update of a step, and a forward a row in the others."""
+    so that they begin at exactly 1; null: where a step's first batch shows that they would be off by more than a tenth
+    of the clip. It costs nothing in the first update of a step, and a forward a row in the others."""
     micro_batch: Count = 48
     """Rows (and rollouts) in one forward; `loss.kind: dgpo` keeps a prompt's whole group at a noise level together,
     even where that is more."""
@@ -388,10 +388,9 @@ def needs_velocity(config: Config) -> bool:
     return config.loss.kind in ("clip", "guard", "dppo", "nft")
 
 
-def needs_recompute(config: Config, is_half: bool) -> bool:
-    """Whether what the policy predicted at a row is computed again in the batch in which the row is trained."""
-    asked = is_half if config.optimizer.recompute is None else config.optimizer.recompute
-    return asked and config.loss.kind in ("clip", *NOISY_LOSSES) and not config.optimizer.keep_graphs
+def needs_ratio(config: Config) -> bool:
+    """Whether the loss is of a ratio to the policy that drew the rollouts."""
+    return config.loss.kind in ("clip", *NOISY_LOSSES)
 
 
 def needs_spread(config: Config) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from aegpo import checkpoint, logbook
 from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan, remember
-from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_recompute, needs_spread
+from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_ratio, needs_spread
 from aegpo.data import ahead, draw
 from aegpo.evaluation import evaluate
 from aegpo.math.advantages import best_of, node_returns, tree_advantages
@@ -224,9 +224,8 @@ def update(
     totals: dict[str, Tensor] = {}
     grad_norms, first_error = [], torch.zeros((), device=rows.x.device)
     dealt = deal(rows.unit, config.optimizer.updates, config.optimizer.micro_batch, key)
-    again = needs_recompute(config, model.is_half)
-    if again:
-        predict_again(config, model, rows, conditions, [micro for micros in dealt[1:] for micro in micros])
+    again = bool(config.optimizer.recompute) and needs_ratio(config) and not kept
+    recomputed = 0
     for number, micros in enumerate(dealt):
         if not micros:
             continue
@@ -236,6 +235,15 @@ def update(
             part = rows[micro]
             known = part.velocity.clone().requires_grad_() if kept else None
             loss = objective(config, model, part, conditions, known, on_policy=again and number == 0)
+            if number == 0 and not again and "ratio/mean" in loss.metrics:
+                first_error = torch.maximum(first_error, (loss.metrics["ratio/mean"] - 1).abs().max())
+                if (
+                    micro is micros[0]
+                    and config.optimizer.recompute is None
+                    and first_error > config.loss.clip_high / 10
+                ):
+                    again = True
+                    loss = objective(config, model, part, conditions, on_policy=True)
             value = loss.rows.sum() / share
             if known is None:
                 value.backward()
@@ -243,10 +251,10 @@ def update(
                 slope.index_add_(0, part.graph.to(slope.device), torch.autograd.grad(value, known)[0])
             for name, values in loss.metrics.items():  # kept where they are: reading one would wait for the device
                 totals[name] = totals.get(name, 0.0) + values.double().sum()
-            if number == 0 and "ratio/mean" in loss.metrics:
-                first_error = torch.maximum(first_error, (loss.metrics["ratio/mean"] - 1).abs().max())
             display.advance(len(micro))
         pull_back(kept, slope, rows.graph)
+        if again and number == 0:
+            recomputed = predict_again(config, model, rows, conditions, [m for later in dealt[1:] for m in later])
         norm = nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm)
         if not norm.isfinite():
             lower = optimizer.param_groups[0]["lr"] / 10
@@ -259,6 +267,7 @@ def update(
     means |= {name: total.item() / len(rows) for name, total in totals.items()}
     return means | {
         "rows": len(rows),
+        "recomputed": recomputed,
         "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
         "ratio/first_error": None if means["ratio/mean"] is None else first_error.item(),
         "lr": optimizer.param_groups[0]["lr"],
@@ -268,16 +277,20 @@ def update(
 @torch.no_grad()
 def predict_again(
     config: Config, model: Denoiser, rows: Transitions, conditions: Conditions, micros: Sequence[Tensor]
-) -> None:
+) -> int:
     """Put in place of rows' velocities what the policy, still as it drew them, predicts in the batches of training.
 
-    Half precision rounds otherwise in a batch of another shape, by more than a clip of 1e-4 can bear.
+    Half precision may round otherwise in a batch of another shape, by more than a clip of 1e-4 can bear.
+
+    Returns:
+        How many rows that were.
     """
     sigmas = model.sigmas(config.sampler.steps, config.sampler.shift)
     for micro in micros:
         part = rows[micro]
         sigma = sigmas[part.step].to(part.x)
         rows.velocity[micro] = model.predict(part.x, sigma, conditions, part.prompt, config.sampler.guidance)
+    return sum(map(len, micros))
 
 
 def pull_back(kept: Sequence[Tensor], slope: Tensor, used: Tensor) -> None:
