@@ -17,6 +17,7 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from safetensors.torch import save_file
 
 from aegpo import checkpoint, rewards, world
 from aegpo.analysis import analyze as measure
@@ -26,7 +27,9 @@ from aegpo.config import Config, dump_yaml, eval_steps, load_yaml, needs_probe, 
 from aegpo.data import load_prompts, named
 from aegpo.display import Display, bar
 from aegpo.evaluation import evaluate as evaluate_policy
-from aegpo.models import Denoiser, absent, compute_dtype, load, load_pipeline
+from aegpo.models import Denoiser, absent, compute_dtype, family_name, load, load_pipeline
+from aegpo.models.comfyui import for_comfyui
+from aegpo.models.lora import read_lora
 from aegpo.report import read_metrics, write_analysis, write_model_card, write_report
 from aegpo.report.analysis import READINGS, SIGNALS, from_one
 from aegpo.report.html import correlation, percent
@@ -123,8 +126,7 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
     _check_words(config, [prompt], "--prompt")
     pipe, family = load_pipeline(config.model)
     if config.model.train == "lora":
-        if not (run / "pytorch_lora_weights.safetensors").exists():
-            raise ValueError(f"run {run} has no weights yet: pytorch_lora_weights.safetensors is missing")
+        _lora_file(run)
         pipe.load_lora_weights(str(run))
     else:
         if not (run / "model_index.json").exists():
@@ -147,6 +149,22 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
         first.save(out, save_all=True, append_images=others, duration=1000 // FRAMES_A_SECOND, loop=0)
     else:
         drawn["images"][0].save(out)
+
+
+def export(run: Path, out: Path) -> None:
+    """Write a run's adapter as ComfyUI reads it, to a .safetensors file.
+
+    Raises:
+        ValueError: there is no such run, it has no weights yet, it trained all weights, or one of the layers that it
+            adapted has no name in ComfyUI that we know.
+    """
+    config = _config(run)
+    if config.model.train == "full":
+        raise ValueError(f"run {run} trained all weights, and export is of a LoRA adapter (model.train: lora)")
+    weights, alpha = read_lora(_lora_file(run))
+    named = for_comfyui(weights, family_name(config.model), alpha)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_file(named, out, metadata={"format": "pt"})
 
 
 def evaluate(
@@ -307,6 +325,13 @@ def _config(run: Path, *layers: dict[str, Any]) -> Config:
     except ValueError as error:
         raise ValueError(f"{run}/config.yaml: {error}") from None
     return resolve(own, *layers)
+
+
+def _lora_file(run: Path) -> Path:
+    file = run / "pytorch_lora_weights.safetensors"
+    if not file.exists():
+        raise ValueError(f"run {run} has no weights yet: {file.name} is missing")
+    return file
 
 
 def _given(prompts: str | None, reward: str | None) -> dict[str, Any]:

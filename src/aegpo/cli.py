@@ -29,6 +29,7 @@ Align diffusion and flow models with human preference by online reinforcement le
   aegpo eval RUN [--prompts FILE] [--reward NAME] [--images N]
   aegpo eval RUN --rewards NAME,NAME,... [--prompts FILE] [--images N] [--out DIR]
   aegpo report RUN
+  aegpo export RUN --comfyui FILE.safetensors
   aegpo analyze MODEL [--prompts FILE] [--reward NAME] [--images N] [--out DIR] [--a.b VALUE ...]
   aegpo world pretrain OUT [--steps N] [--seed N]
 
@@ -68,7 +69,7 @@ def _say(message: str, code: int) -> int:
 
 
 def _command(words: list[str]) -> None:
-    commands = {"train": _train, "sample": _sample, "eval": _evaluate, "report": _report}
+    commands = {"train": _train, "sample": _sample, "eval": _evaluate, "report": _report, "export": _export}
     commands |= {"analyze": _analyze, "world": _world}
     name, rest = (words[0], words[1:]) if words else ("", [])
     if name in ("-h", "--help"):
@@ -177,6 +178,18 @@ def _report(words: list[str]) -> None:
     from aegpo.report import write_report
 
     print(write_report(asked.RUN))
+
+
+def _export(words: list[str]) -> None:
+    parser = _Parser("export", "Write the LoRA adapter of a run in the layout of another program.")
+    parser.add_argument("RUN", type=_run_folder, help="the folder of a run")
+    what = "the .safetensors file to write, for ComfyUI's models/loras"
+    parser.add_argument("--comfyui", type=_safetensors, required=True, metavar="FILE", help=what)
+    asked = parser.read(words)
+    from aegpo.build import export
+
+    export(asked.RUN, asked.comfyui)
+    print(asked.comfyui)
 
 
 def _analyze(words: list[str]) -> None:
@@ -478,6 +491,12 @@ def _text(word: str) -> str:
     if not word.strip():
         raise argparse.ArgumentTypeError("must not be empty")
     return word
+
+
+def _safetensors(word: str) -> Path:
+    if Path(word).suffix != ".safetensors":
+        raise argparse.ArgumentTypeError(f"must be a file whose name ends in .safetensors, not {word!r}")
+    return Path(word)
 
 
 def _names(word: str) -> list[str]:

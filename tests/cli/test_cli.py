@@ -35,6 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "run/config.yaml": "steps: 3\noutput_dir: where/it/was\noptimizer: {lr: 0.5}\n",
         "run/checkpoint-2/state.json": "{}",
         "run/metrics.jsonl": '{"step": 0}\n',
+        "all/config.yaml": "model: {train: full}\n",
         "broken/config.yaml": "steps: x\n",
         "other/notes.txt": "",
     }
@@ -79,7 +80,7 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
     ("argv", "expected"),
     [
         # the command
-        ([], "no command given; the commands are train, sample, eval, report, analyze, world"),
+        ([], "no command given; the commands are train, sample, eval, report, export, analyze, world"),
         (["trian"], "'trian' is not a command; the commands are train, .*; did you mean train\\?"),
         (["--hlep"], "'--hlep' is not a command; .*; did you mean --help\\?"),
         # the recipe
@@ -156,6 +157,11 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
         (["eval", "run", "--out", "x"], "eval: --out says where --rewards writes; without it nothing is written"),
         (["report", "nothing"], "report: argument RUN: 'nothing' is not the folder of a run: it holds no config.yaml"),
         (["report", "run", "more"], "report: unrecognized arguments: more"),
+        (["export", "run"], "export: the following arguments are required: --comfyui"),
+        (
+            ["export", "run", "--comfyui", "x.pt"],
+            "export: argument --comfyui: must be a file whose name ends in .safetensors, not 'x.pt'",
+        ),
         (["analyze"], "analyze: the following arguments are required: MODEL"),
         (["analyze", "run", "--image", "3"], "command line: --image is not an option; did you mean --images\\?"),
         (["analyze", "run", "--images", "0"], "analyze: argument --images: must be a whole .* least 1, not '0'"),
@@ -198,6 +204,8 @@ def test_bad_input_is_one_line_that_says_what_would_be_right(
             "--prompts: ring.txt holds one prompt, and intervals over prompts take two at least",
         ),
         (["eval", "fresh", "--rewards", "world"], "run fresh has no checkpoint yet: .*"),
+        (["export", "run", "--comfyui", "x.safetensors"], "run run has no weights yet: .*safetensors is missing"),
+        (["export", "all", "--comfyui", "x.safetensors"], "run all trained all weights, and export is of a LoRA .*"),
         (["analyze", "fresh"], "run fresh has no checkpoint yet: its first is written after its first evaluation"),
         (["analyze", "broken"], "broken/config.yaml: steps: input should be a valid integer, got 'x'"),
         (["analyze", "run"], "checkpoint run/checkpoint-2 is not complete .*manifest.json.*"),
@@ -518,7 +526,7 @@ def test_the_help_of_train_lists_every_setting_with_its_default(capsys: pytest.C
     assert {"dry-run", "resume", "overwrite"} <= set(entries)
 
 
-@pytest.mark.parametrize("command", ["sample", "eval", "report", "analyze", "world"])
+@pytest.mark.parametrize("command", ["sample", "eval", "report", "export", "analyze", "world"])
 def test_every_small_command_has_a_help_page(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

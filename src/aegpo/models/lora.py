@@ -1,5 +1,7 @@
 """Low-rank adapters on a diffusers network (arXiv 2106.09685), by peft; in float32."""
 
+import json
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from aegpo.config import Lora
@@ -107,3 +110,12 @@ def lora_weights(network: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     settings = network.peft_config[ADAPTER].to_dict()
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
     return get_peft_model_state_dict(network, adapter_name=ADAPTER), settings
+
+
+def read_lora(file: Path) -> tuple[dict[str, Tensor], float]:
+    """The weights in a file that diffusers' `save_lora_weights` wrote, and alpha, which stands in its header."""
+    with safe_open(file, "pt") as opened:
+        weights = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (it is no mapping)
+        settings = json.loads(opened.metadata()["lora_adapter_metadata"])
+    [alpha] = [value for key, value in settings.items() if key.endswith(".lora_alpha")]
+    return weights, alpha
