@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from aegpo.config import dump_yaml, resolve
-from aegpo.report import save_grid, write_model_card, write_report
+from aegpo.report import model_card, save_grid, write_model_card, write_report
 from aegpo.report.html import duration
 from aegpo.report.plots import chunked, moving_average
 from aegpo.report.records import read_run
@@ -434,6 +434,21 @@ def test_model_card_says_what_was_measured_and_how_to_load_it(run: Path) -> None
     assert "2602.06825" in card.text and "2505.05470" in card.text and "2509.25050" not in card.text
     code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert code and 'pipe.load_lora_weights(".")' in code[1]
+    assert "Apache-2.0" in card.text and "comfyui" not in card.text  # which cannot load the embedded model
+    links = re.findall(r"!\[.*\]\((.*)\)", card.text)
+    assert links == ["samples/step-000000.png", "samples/step-000006.png"]
+    assert all((run / link).is_file() for link in links)
+
+
+@pytest.mark.parametrize(("train", "loads"), [("lora", "load_lora_weights"), ("full", "from_pretrained")])
+def test_a_card_for_the_hub_loads_from_there(run: Path, train: str, loads: str) -> None:
+    (run / "config.yaml").write_text(
+        yaml.safe_dump(CONFIG | {"model": {"path": "owner/base", "train": train}}), "utf-8"
+    )
+    here, there = model_card(run), model_card(run, "me/my-model")
+    assert f'{loads}("."' in here and f'{loads}("me/my-model"' in there
+    assert "# my-run\n" in here and "# my-model\n" in there
+    assert "# the folder of this card" in here and "# the folder of this card" not in there
 
 
 def test_a_run_of_matching_says_so_and_names_its_paper(run: Path) -> None:
@@ -507,6 +522,12 @@ def test_model_card_of_other_models(run: Path, path: str, train: str, base_model
     (run / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"model": {"path": path, "train": train}}), "utf-8")
     card = ModelCard.load(write_model_card(run))
     assert card.data.to_dict().get("base_model") == base_model
+    relation = {"lora": "adapter", "full": "finetune"}[train] if base_model else None
+    assert card.data.to_dict().get("base_model_relation") == relation
+    [licence] = re.findall(r"## Licence\n\n(.*)\n", card.text)
+    link = "[owner/model-3.5](https://huggingface.co/owner/model-3.5)" if base_model else "the local pipeline sd3"
+    assert licence == f"A derivative of {link}: the licence of that model holds for this one."
+    assert ("aegpo export FOLDER --comfyui" in card.text) == (train == "lora")
     assert ("lora" in card.data.to_dict()["tags"]) == (train == "lora")
     assert "license" not in card.data.to_dict()
     assert loads in card.text

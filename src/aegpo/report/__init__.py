@@ -1,9 +1,17 @@
 """What a run leaves behind for people: image grids, one self-contained HTML page, a model card."""
 
 from aegpo.report.analysis import write_analysis
-from aegpo.report.card import write_model_card
+from aegpo.report.card import model_card, shown_pictures, write_model_card
 from aegpo.report.html import write_report
 from aegpo.report.images import save_grid
 from aegpo.report.records import read_metrics
 
-__all__ = ["read_metrics", "save_grid", "write_analysis", "write_model_card", "write_report"]
+__all__ = [
+    "model_card",
+    "read_metrics",
+    "save_grid",
+    "shown_pictures",
+    "write_analysis",
+    "write_model_card",
+    "write_report",
+]

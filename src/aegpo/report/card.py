@@ -26,7 +26,18 @@ CITATION = """@misc{{arxiv{key},
 
 
 def write_model_card(run: Path) -> Path:
-    """Writes `README.md` into a run's folder, from what the folder holds, and returns its path.
+    """Writes `README.md` into a run's folder and returns its path; raises ValueError as `model_card` does."""
+    card = model_card(run)
+    write_whole(run.resolve() / "README.md", card.encode())
+    return run / "README.md"
+
+
+def model_card(run: Path, repo: str = "") -> str:
+    """The card of a run, from what its folder holds.
+
+    Args:
+        run: its folder.
+        repo: the repository on the Hub that the card is for, by whose name it then loads the weights.
 
     Raises:
         ValueError: `run` is no run's folder, one of its files leads outside of it, or its metrics are damaged.
@@ -34,20 +45,22 @@ def write_model_card(run: Path) -> Path:
     record = read_run(run)
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(record), sort_keys=False)}---",
-        f"# {_plain(record.folder.name)}\n\n{_summary(record)}",
+        f"# {_plain(_last_part(repo) or record.folder.name)}\n\n{_summary(record)}",
         _results(record),
         _pictures(record),
-        _loading(record),
+        _loading(record, repo),
+        _licence(record),
         _versions(record),
         _citation(record),
     ]
-    write_whole(record.folder / "README.md", ("\n\n".join(part for part in parts if part) + "\n").encode())
-    return run / "README.md"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _front_matter(record: RunRecord) -> dict[str, Any]:
     base = _base(record)
-    known = {"license": "apache-2.0"} if base == EMBEDDED else {"base_model": base} if _is_on_hub(base) else {}
+    known = {"license": "apache-2.0"} if base == EMBEDDED else {}
+    if _is_on_hub(base):
+        known = {"base_model": base, "base_model_relation": "adapter" if _is_lora(record) else "finetune"}
     tags = ["text-to-video" if _is_video(record) else "text-to-image", "diffusers", "aegpo", "reinforcement-learning"]
     return known | {
         "library_name": "diffusers",
@@ -89,21 +102,34 @@ def _table(title: str, changes: list[Change], written: Callable[..., str]) -> st
 
 
 def _pictures(record: RunRecord) -> str:
-    names = sample_names(record.folder)
-    if len(names) < 2:
+    shown = shown_pictures(record.folder)
+    if not shown:
         return ""
-    before, after = f"![before training]({names[0]}.png)", f"![after training]({names[-1]}.png)"
+    before, after = f"![before training]({shown[0]})", f"![after training]({shown[1]})"
     return "\n\n".join(["## Pictures", "Before:", before, "After:", after])
 
 
-def _loading(record: RunRecord) -> str:
-    lines = _loading_lora(record) if _is_lora(record) else _loading_full(record)
+def shown_pictures(folder: Path) -> list[str]:
+    """The files of a run's folder that its card shows: the first grid and the last; empty where there are not two."""
+    names = sample_names(folder)
+    return [f"{name}.png" for name in (names[0], names[-1])] if len(names) > 1 else []
+
+
+def _loading(record: RunRecord, repo: str) -> str:
+    own = f'"{repo or "."}"', "" if repo else "  # the folder of this card"
+    lines = _loading_lora(record, *own) if _is_lora(record) else _loading_full(record, *own)
     steps = record.setting("eval_steps") or record.setting("sampler.steps")
     arguments = {"prompt": _prompt(record), "num_inference_steps": steps, **record.pipeline["call"]}
     written = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     frames = "num_frames" in arguments
     call = f"video = pipe({written}).frames[0]" if frames else f"image = pipe({written}).images[0]"
-    return "\n".join(["## Use", "", "```python", *lines, call, "```"])
+    return "\n".join(["## Use", "", "```python", *lines, call, "```", *_comfyui(record)])
+
+
+def _comfyui(record: RunRecord) -> list[str]:
+    if not _is_lora(record) or _base(record) == EMBEDDED:
+        return []
+    return ["", "For ComfyUI: `aegpo export FOLDER --comfyui lora.safetensors`, with the folder of this card."]
 
 
 def _prompt(record: RunRecord) -> str:
@@ -112,7 +138,7 @@ def _prompt(record: RunRecord) -> str:
     return prompts[0] if prompts else "a red circle above a blue square"
 
 
-def _loading_lora(record: RunRecord) -> list[str]:
+def _loading_lora(record: RunRecord, own: str, own_note: str) -> list[str]:
     base = _base(record)
     scheduler = record.pipeline["scheduler"]
     named = ", ".join(sorted({"DiffusionPipeline", *re.findall(r"^\w+", scheduler)}))
@@ -124,12 +150,12 @@ def _loading_lora(record: RunRecord) -> list[str]:
     elif not _is_on_hub(base):
         where, note = repr(_last_part(base)), "  # wherever you keep it"
     load = f"pipe = DiffusionPipeline.from_pretrained({where}, {_how(record)}){note}"
-    own = [f"pipe.scheduler = {scheduler}"] if scheduler else []
-    return [*imports, load, *own, 'pipe.load_lora_weights(".")  # the folder of this card']
+    steps = [f"pipe.scheduler = {scheduler}"] if scheduler else []
+    return [*imports, load, *steps, f"pipe.load_lora_weights({own}){own_note}"]
 
 
-def _loading_full(record: RunRecord) -> list[str]:
-    load = f'pipe = DiffusionPipeline.from_pretrained(".", {_how(record)})  # the folder of this card'
+def _loading_full(record: RunRecord, own: str, own_note: str) -> list[str]:
+    load = f"pipe = DiffusionPipeline.from_pretrained({own}, {_how(record)}){own_note}"
     return ["import torch", "from diffusers import DiffusionPipeline", "", load]
 
 
@@ -137,6 +163,13 @@ def _how(record: RunRecord) -> str:
     """The arguments that the run itself loaded the pipeline with."""
     absent = [f"{part}=None" for part in record.pipeline["absent"]]
     return ", ".join([*absent, f"dtype=torch.{record.pipeline['dtype']}"])
+
+
+def _licence(record: RunRecord) -> str:
+    base = _base(record)
+    if base == EMBEDDED:
+        return "## Licence\n\nApache-2.0, as that of the embedded model."
+    return f"## Licence\n\nA derivative of {_base_in_words(base)}: the licence of that model holds for this one."
 
 
 def _versions(record: RunRecord) -> str:
