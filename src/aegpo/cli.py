@@ -25,18 +25,20 @@ usage: aegpo COMMAND ...
 Align diffusion and flow models with human preference by online reinforcement learning.
 
   aegpo train [RECIPE] [--a.b VALUE ...] [--dry-run] [--resume latest|PATH] [--output-dir DIR] [--overwrite]
+              [--push-to-hub USER/NAME]
   aegpo sample RUN --prompt "a red circle above a blue square" --out x.png [--seed 0]
   aegpo eval RUN [--prompts FILE] [--reward NAME] [--images N]
   aegpo eval RUN --rewards NAME,NAME,... [--prompts FILE] [--images N] [--out DIR]
   aegpo report RUN
   aegpo export RUN --comfyui FILE.safetensors
+  aegpo push RUN USER/NAME [--private]
   aegpo analyze MODEL [--prompts FILE] [--reward NAME] [--images N] [--out DIR] [--a.b VALUE ...]
   aegpo world pretrain OUT [--steps N] [--seed N]
 
   aegpo --version
   aegpo COMMAND --help      (train --help lists every setting)
 """
-TRAIN_OPTIONS = ("--help", "--dry-run", "--resume", "--overwrite")
+TRAIN_OPTIONS = ("--help", "--dry-run", "--resume", "--overwrite", "--push-to-hub")
 ANALYZE_OPTIONS = ("--help", "--prompts", "--reward", "--images", "--out")
 ANALYZE_TAKES = {"model.path": "MODEL", "prompts.eval": "--prompts", "eval_images": "--images"}  # settings, as these
 RECIPES = Path(__file__).with_name("recipes")
@@ -69,7 +71,14 @@ def _say(message: str, code: int) -> int:
 
 
 def _command(words: list[str]) -> None:
-    commands = {"train": _train, "sample": _sample, "eval": _evaluate, "report": _report, "export": _export}
+    commands = {
+        "train": _train,
+        "sample": _sample,
+        "eval": _evaluate,
+        "report": _report,
+        "export": _export,
+        "push": _push,
+    }
     commands |= {"analyze": _analyze, "world": _world}
     name, rest = (words[0], words[1:]) if words else ("", [])
     if name in ("-h", "--help"):
@@ -91,6 +100,7 @@ def _command(words: list[str]) -> None:
 
 def _train(words: list[str]) -> None:
     usage = "aegpo train [RECIPE] [--a.b VALUE ...] [--dry-run] [--resume latest|PATH] [--overwrite]"
+    usage += " [--push-to-hub USER/NAME]"
     parser = _Parser("train", "Train a model as a recipe says, with single settings overridden.", usage=usage)
     parser.add_argument("RECIPE", nargs="?", help="a YAML file, or a packaged recipe (default: world, with its model)")
     parser.add_argument("--dry-run", action="store_true", help="only print the resolved config and what it will cost")
@@ -98,6 +108,8 @@ def _train(words: list[str]) -> None:
         "--resume", nargs="?", const="", type=_checkpoint, metavar="latest|PATH", help="go on from there"
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew where the output folder holds a run")
+    hub = "afterwards, push the run to this repository on the Hub, as `aegpo push` does"
+    parser.add_argument("--push-to-hub", type=_text, metavar="USER/NAME", help=hub)
     if {"-h", "--help"} & set(words):
         return _print_train_help(parser)
     own, overrides = _split(words, TRAIN_OPTIONS)
@@ -107,12 +119,18 @@ def _train(words: list[str]) -> None:
     config = _config(asked.RECIPE, asked.resume, overrides)
     if asked.dry_run:
         return _print_dry_run(config)
+    if asked.push_to_hub:
+        from aegpo.hub import check
+
+        check(asked.push_to_hub)
     try:
         from aegpo.build import run
 
         run(config, resume=asked.resume, overwrite=asked.overwrite)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(config, bool(asked.resume))) from None
+    if asked.push_to_hub:
+        _push_run(Path(config.output_dir), asked.push_to_hub)
 
 
 def _how_to_go_on(config: "Config", resumed: bool) -> str:
@@ -190,6 +208,25 @@ def _export(words: list[str]) -> None:
 
     export(asked.RUN, asked.comfyui)
     print(asked.comfyui)
+
+
+def _push(words: list[str]) -> None:
+    about = "Push a run to the Hub: weights, model card with its pictures, config.yaml, metrics.jsonl and env.json."
+    parser = _Parser("push", about)
+    parser.add_argument("RUN", type=_run_folder, help="the folder of a run")
+    parser.add_argument("REPO", metavar="USER/NAME", help="the repository, which is made if there is none")
+    parser.add_argument("--private", action="store_true", help="let nobody else see it")
+    asked = parser.read(words)
+    from aegpo.hub import check
+
+    check(asked.REPO)
+    _push_run(asked.RUN, asked.REPO, asked.private)
+
+
+def _push_run(run: Path, repo: str, private: bool = False) -> None:
+    from aegpo.hub import push
+
+    print(f"pushed: {push(run, repo, private)}")
 
 
 def _analyze(words: list[str]) -> None:

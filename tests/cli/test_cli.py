@@ -80,7 +80,7 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
     ("argv", "expected"),
     [
         # the command
-        ([], "no command given; the commands are train, sample, eval, report, export, analyze, world"),
+        ([], "no command given; the commands are train, sample, eval, report, export, push, analyze, world"),
         (["trian"], "'trian' is not a command; the commands are train, .*; did you mean train\\?"),
         (["--hlep"], "'--hlep' is not a command; .*; did you mean --help\\?"),
         # the recipe
@@ -161,6 +161,13 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
         (
             ["export", "run", "--comfyui", "x.pt"],
             "export: argument --comfyui: must be a file whose name ends in .safetensors, not 'x.pt'",
+        ),
+        (["push", "run"], "push: the following arguments are required: USER/NAME"),
+        (["push", "run", "name"], "'name' is not a repository on the Hub; give it as USER/NAME"),
+        (["train", "--push-to-hub", "a/b/c"], "'a/b/c' cannot be the name of a repository on the Hub: .*"),
+        (
+            ["train", "--push-to-hb", "a/b"],
+            "command line: --push-to-hb is not an option; did you mean --push-to-hub\\?",
         ),
         (["analyze"], "analyze: the following arguments are required: MODEL"),
         (["analyze", "run", "--image", "3"], "command line: --image is not an option; did you mean --images\\?"),
@@ -523,10 +530,10 @@ def test_the_help_of_train_lists_every_setting_with_its_default(capsys: pytest.C
     assert {name for name in entries if "." in name} <= set(settings())  # and no option that the command line refuses
     assert "Classifier-free guidance" in entries["sampler.guidance"]
     assert set(ALGORITHMS) <= set(re.findall(r"[a-z-]+", entries["algorithm"]))
-    assert {"dry-run", "resume", "overwrite"} <= set(entries)
+    assert {"dry-run", "resume", "overwrite", "push-to-hub"} <= set(entries)
 
 
-@pytest.mark.parametrize("command", ["sample", "eval", "report", "export", "analyze", "world"])
+@pytest.mark.parametrize("command", ["sample", "eval", "report", "export", "push", "analyze", "world"])
 def test_every_small_command_has_a_help_page(command: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])
