@@ -27,7 +27,7 @@ from aegpo.config import Config, dump_yaml, eval_steps, load_yaml, needs_probe, 
 from aegpo.data import load_prompts, named
 from aegpo.display import Display, bar
 from aegpo.evaluation import evaluate as evaluate_policy
-from aegpo.models import Denoiser, absent, compute_dtype, family_name, load, load_pipeline
+from aegpo.models import Denoiser, absent, compute_dtype, family_name, load, load_pipeline, memory
 from aegpo.models.comfyui import for_comfyui
 from aegpo.models.lora import read_lora
 from aegpo.report import read_metrics, write_analysis, write_model_card, write_report
@@ -77,6 +77,8 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
     reward = _reward(
         config, {named(config.prompts.train, "train"): prompts, named(config.prompts.eval, "eval"): held_out}
     )
+    if torch.cuda.is_available() and (outline := memory.sizes(config.model)):
+        memory.refuse_too_small(memory.estimate(config, outline), config)
     model = load(config.model, config.seed)
     if needs_probe(config):  # what it cannot read of this model is said before anything is written
         entropy_curves(model, prompts[:1], model.encode([prompts[0].text]), config)

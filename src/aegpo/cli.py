@@ -385,22 +385,60 @@ def _recipe_file(name: str) -> Path:
 
 
 def _print_dry_run(config: "Config") -> None:
-    """Print the config, and under it its arithmetic as comments: all of it together is a recipe."""
+    """Print the config, and under it its arithmetic and its memory as comments: all of it together is a recipe.
+
+    Raises:
+        ValueError: the pipeline cannot do what is asked, or the GPU here is too small for it.
+    """
     from aegpo.config import dump_yaml
+    from aegpo.models import memory
 
+    outline = memory.sizes(config.model)
     print(dump_yaml(config))
-    for what, how, number in _arithmetic(config):
+    for what, how, number in _arithmetic(config, outline is None or not outline.family.is_distilled):
         print(f"# {what:<23}{how:<78}{number:>14,}")
+    if outline is None:
+        print(f"# {'memory':<23}not estimated: the config files of {config.model.path} cannot be read here")
+        return
+    parts = memory.estimate(config, outline)
+    for what, how, size in _memory(parts, outline):
+        print(f"# {what:<23}{how:<78}{size / memory.GIB:>10.2f} GiB")
+    _, taken = memory.total(parts)
+    fits = [f"{size} GB" for size in memory.GPUS if taken <= size * memory.GIB * (1 - memory.FREE)]
+    print(f"# {'memory: fits GPUs of':<23}{', '.join(fits) or 'no size that we know'}, {memory.FREE:.0%} left free")
+    memory.refuse_too_small(parts, config)
 
 
-def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
-    """What a step does and costs, in network evaluations x samples; evaluations of held-out prompts come on top."""
+def _memory(parts: dict[str, int], outline: Any) -> list[tuple[str, str, int]]:
+    """What a run takes on a GPU, in bytes by part, and at most at once."""
+    from aegpo.models import memory
+
+    phase, taken = memory.total(parts)
+    size = f"{memory.count(outline.network):,} of the network, and the VAE's, computed in {str(outline.dtype)[6:]}"
+    about = {
+        "weights": size,
+        "trained": "an adapter or all weights, with gradients, moments and averages, in float32",
+        "activations": "a micro-batch of training, and one block on the way back",
+        "latents": "explored steps, trunks and rollouts",
+        "decoding": "latents into pixels, or the forward of a batch of rollouts",
+        "text encoders": "on the GPU while prompts are encoded",
+    }
+    rows = [(f"memory: {part}", about[part], size) for part, size in parts.items()]
+    return [*rows, ("memory: total", f"at most, during {phase}: {', '.join(memory.PHASES[phase])}", taken)]
+
+
+def _arithmetic(config: "Config", doubles: bool) -> list[tuple[str, str, int]]:
+    """What a step does and costs, in network evaluations x samples; evaluations of held-out prompts come on top.
+
+    `doubles` says whether guidance costs a second evaluation.
+    """
     from aegpo.config import (
         RIDERS,
         SPREAD_EVERY,
         SPREAD_PROMPTS,
         SPREAD_ROLLOUTS,
-        explorable,
+        explored_steps,
+        largest_batch,
         needs_probe,
         needs_reference,
         needs_spread,
@@ -408,21 +446,17 @@ def _arithmetic(config: "Config") -> list[tuple[str, str, int]]:
     )
 
     prompts, rollouts, steps = config.prompts_per_step, config.rollouts_per_step, config.sampler.steps
-    how, room = config.exploration, len(explorable(config))
-    explored = {"none": room if how.rule == "all" else how.k, "each": 1, "tree": room}[how.branch]
-    explored = max(1, min(int(explored * how.share), room - how.skip))
+    how, explored = config.exploration, explored_steps(config)
     learned = min(rollouts, prompts * config.advantage.best_of) if config.advantage.best_of else rollouts
-    largest = config.allocation.high if config.allocation.rule == "median_split" else math.ceil(rollouts / prompts)
-    rows, updates, most = learned * explored, config.optimizer.updates, config.optimizer.micro_batch
-    most = max(most, largest) if config.loss.kind == "dgpo" else most  # a group at a noise level is never split
+    rows, updates, most = learned * explored, config.optimizer.updates, largest_batch(config)
     share, longer = divmod(rows, updates)  # rows of an update; so many updates get one row more
     batches = (updates - longer) * math.ceil(share / most) + longer * math.ceil((share + 1) / most)
     probed, matching = needs_probe(config), config.sampler.kind == "ode"
-    twice, guided = (2, " x 2 for guidance") if config.sampler.guidance != 1 else (1, "")
+    twice, guided = (2, " x 2 for guidance") if doubles and config.sampler.guidance != 1 else (1, "")
     kept = config.optimizer.keep_graphs
     passes = {"backward": 2} if kept and not matching else {"forward": 1, "backward": 2}
     if needs_reference(config):
-        alone = config.sampler.guidance == 1 and config.loss.reference_guidance not in (None, 1)
+        alone = doubles and config.sampler.guidance == 1 and config.loss.reference_guidance not in (None, 1)
         passes["reference" + " under guidance" * alone] = 2 if alone else 1
     before = rollouts * explored if matching and needs_velocity(config) and not kept else 0  # of all, even if few learn
     evaluations, written = sum(passes.values()), " + ".join(f"{count} {what}" for what, count in passes.items())

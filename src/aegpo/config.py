@@ -6,6 +6,7 @@ algorithm's own choices (`algorithms.ALGORITHMS`) lie just under the layer that 
 
 import dataclasses
 import difflib
+import math
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -401,6 +402,22 @@ def needs_spread(config: Config) -> bool:
 def explorable(config: Config) -> range:
     """The denoising steps that may explore."""
     return range(config.sampler.steps - 1)[config.exploration.start : config.exploration.until or None]
+
+
+def explored_steps(config: Config) -> int:
+    """At how many denoising steps a rollout is trained, at most."""
+    how, room = config.exploration, len(explorable(config))
+    explored = {"none": room if how.rule == "all" else how.k, "each": 1, "tree": room}[how.branch]
+    return max(1, min(int(explored * how.share), room - how.skip))
+
+
+def largest_batch(config: Config) -> int:
+    """Rows in a micro-batch of training, at most."""
+    shared = config.allocation.high
+    if config.allocation.rule != "median_split":
+        shared = math.ceil(config.rollouts_per_step / config.prompts_per_step)
+    most = config.optimizer.micro_batch
+    return max(most, shared) if config.loss.kind == "dgpo" else most  # a group at a noise level is never split
 
 
 def with_noise(config: Config) -> Config:

@@ -33,6 +33,7 @@ class Family(Protocol):
             names.
         is_distilled: whether the network takes guidance as an input, which costs no second evaluation.
         latent_shape: of one image, such as (channels, height, width); for a video, with frames.
+        text_shapes: what `encode` gives of the longest prompt, by name, masks left out: its shapes.
         scheduler: what the pipeline's own scheduler had to be replaced by for its call to draw as we do, as a line of
             Python; empty where its own serves.
     """
@@ -41,6 +42,7 @@ class Family(Protocol):
     targets: tuple[str, ...]
     is_distilled: bool
     latent_shape: tuple[int, ...]
+    text_shapes: dict[str, tuple[int, ...]]
     scheduler: str
 
     def encode(self, prompt: str) -> dict[str, Tensor]:

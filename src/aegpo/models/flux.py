@@ -37,6 +37,11 @@ class Flux:
         self.size = height_and_width(settings, (side, side), token)
         self.grid = (self.size[0] // token, self.size[1] // token)
         self.latent_shape = (self.grid[0] * self.grid[1], pipe.transformer.config.in_channels)
+        known = pipe.transformer.config
+        self.text_shapes = {
+            "embeds": (self.text_tokens, known.joint_attention_dim),
+            "pooled": (known.pooled_projection_dim,),
+        }
 
     def encode(self, prompt: str) -> dict[str, Tensor]:
         """CLIP's pooled output and T5's tokens."""

@@ -29,6 +29,7 @@ class Flux2Klein:
         self.size = height_and_width(settings, (side, side), token)
         self.grid = (self.size[0] // token, self.size[1] // token)
         self.latent_shape = (self.grid[0] * self.grid[1], pipe.transformer.config.in_channels)
+        self.text_shapes = {"embeds": (self.text_tokens, pipe.transformer.config.joint_attention_dim)}
 
     def encode(self, prompt: str) -> dict[str, Tensor]:
         """Three inner layers of a language model, side by side."""

@@ -40,6 +40,11 @@ class SD3:
                 f"model.resolution: {max(self.size)} is above {largest} pixels, the largest this model knows"
             )
         self.latent_shape = (config.in_channels, self.size[0] // scale, self.size[1] // scale)
+        words = pipe.text_encoder.config.max_position_embeddings + self.text_tokens
+        self.text_shapes = {
+            "embeds": (words, config.joint_attention_dim),
+            "pooled": (config.pooled_projection_dim,),
+        }
         self.tokens = self.size[0] * self.size[1] // patch**2
 
     def encode(self, prompt: str) -> dict[str, Tensor]:

@@ -51,6 +51,8 @@ class UNet:
         side = config.sample_size * scale
         self.size = height_and_width(settings, (side, side), scale * 2 ** (len(config.block_out_channels) - 1))
         self.latent_shape = (config.in_channels, self.size[0] // scale, self.size[1] // scale)
+        self.text_shapes = {"embeds": (pipe.text_encoder.config.max_position_embeddings, config.cross_attention_dim)}
+        self.text_shapes |= {"pooled": (pipe.text_encoder_2.config.projection_dim,)} if self.is_xl else {}
 
     def encode(self, prompt: str) -> dict[str, Tensor]:
         """CLIP's tokens; for XL those of two encoders, and the pooled output of one."""

@@ -35,6 +35,7 @@ class Wan:
             )
         latent_frames = (self.frames - 1) // every + 1
         self.latent_shape = (config.in_channels, latent_frames, self.size[0] // scale, self.size[1] // scale)
+        self.text_shapes = {"embeds": (self.text_tokens, config.text_dim)}
 
     def encode(self, prompt: str) -> dict[str, Tensor]:
         """UMT5's tokens, zeros after the last one."""
