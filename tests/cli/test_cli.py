@@ -492,10 +492,48 @@ def test_the_dry_run_counts_what_a_step_costs(
     assert main(["train", "recipe.yaml", "--dry-run"]) == 0
     out = capsys.readouterr().out
     numbers = {
-        line[2:25].strip(): int(line.split()[-1].replace(",", "")) for line in out.splitlines() if line[:1] == "#"
+        line[2:25].strip(): int(line.split()[-1].replace(",", ""))
+        for line in out.splitlines()
+        if line[:1] == "#" and "memory" not in line
     }
     expected = (*rows, *costs, *besides)
     assert numbers == dict(zip((*ROWS, *COSTS, *BESIDES), expected, strict=True))
+
+
+def dry_run(argv: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> dict[str, str]:
+    """The comments that a dry run prints, by what they are of."""
+    assert main(["train", *argv, "--dry-run"]) == code
+    return {line[2:25].strip(): line[25:].strip() for line in capsys.readouterr().out.splitlines() if line[:1] == "#"}
+
+
+FLUX = Path(__file__).parents[1] / "models" / "configs" / "flux1-dev"
+SMALL_FLUX = ["--model.path", str(FLUX), "--model.resolution", "256", "--optimizer.micro-batch", "1"]
+
+
+def test_the_dry_run_says_what_memory_a_run_takes_and_counts_guidance_as_an_input_once(capsys):
+    guided = [*SMALL_FLUX, "--algorithm", "flow-grpo", "--sampler.guidance", "3.5"]
+    said = dry_run([*guided, "--model.gradient-checkpointing", "true"], capsys)
+    assert (
+        said["memory: weights"].startswith("11,901,408,320 of the network") and "22.32 GiB" in said["memory: weights"]
+    )
+    assert said["memory: total"].startswith("at most, during encoding: weights, trained, text encoders")  # 9.1 of these
+    assert said["memory: fits GPUs of"] == "40 GB, 48 GB, 80 GB, 141 GB, 6% left free"
+    assert said["sampling evaluations"].split()[-1] == "960" and "x 2" not in said["sampling evaluations"]
+    unread = dry_run([*guided, "--model.path", "nobody/nothing"], capsys)
+    assert unread["sampling evaluations"].split()[-1] == "1,920"
+    assert unread["memory"] == "not estimated: the config files of nobody/nothing cannot be read here"
+
+
+def test_a_dry_run_is_refused_where_the_gpu_is_too_small(capsys, monkeypatch: pytest.MonkeyPatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**27))
+    assert main(["train", "--dry-run"]) == 2
+    out, err = capsys.readouterr()
+    assert "# memory: total" in out
+    assert err.startswith("aegpo: the GPU here has 0.1 GiB, but this run would take ") and err.count("\n") == 1
+    assert "for activations; what lowers it: model.gradient_checkpointing true, optimizer.micro_batch 48, " in err
 
 
 @pytest.mark.parametrize(("rollouts", "said"), [(64, True), (65, False), (127, False), (128, True)])
@@ -558,8 +596,8 @@ def test_help_imports_the_standard_library_only():
     assert not imported(["--help"]) & (HEAVY | {"pydantic", "tyro", "yaml", "rich"})
 
 
-@pytest.mark.parametrize("argv", [["train", "--dry-run"], ["train", "--stesp"], ["sample", "nothing", *PNG]])
-def test_a_dry_run_and_a_refusal_import_nothing_heavy(argv: list[str]):
+@pytest.mark.parametrize("argv", [["train", "--stesp"], ["sample", "nothing", *PNG]])
+def test_a_refusal_imports_nothing_heavy(argv: list[str]):
     assert not imported(argv) & HEAVY
 
 
