@@ -94,7 +94,11 @@ def test_an_answer_that_is_no_answer(tmp_path, body, message):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("pickscore2", "reward: 'pickscore2' is unknown"),
+        ("pickscore2", "reward: 'pickscore2' is unknown; known are world, clipscore, .*; did you mean pickscore?"),
+        ("imagereword=models/ir", "'imagereword=models/ir' is unknown; .*; did you mean imagereward?"),
+        ("beauty", "reward: 'beauty' is unknown; known are .*, and your own as 'my_reward.py:score'$"),
+        ("hpsv21=", "names no folder after the ="),
+        ("hpsv21=models/none", "reward: hpsv21=models/none cannot be used: there is no such folder"),
         ("missing.py:score", "file missing.py does not exist"),
         (":score", "names no file or module"),
         ("no_such_module_at_all:score", "cannot be imported"),
@@ -105,6 +109,25 @@ def test_an_answer_that_is_no_answer(tmp_path, body, message):
 def test_unknown_rewards(name, message):
     with pytest.raises(ValueError, match=message):
         rewards.load(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("clipscore", "openai/clip-vit-large-patch14"),
+        ("hpsv21", "RE-N-Y/hpsv21"),
+        ("imagereward", "RE-N-Y/ImageReward"),
+        ("pickscore", "yuvalkirstain/PickScore_v1"),
+    ],
+)
+def test_a_scorer_that_the_hub_does_not_give(name, repository, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("transformers.utils.hub.TRANSFORMERS_CACHE", str(tmp_path), raising=False)
+    with pytest.raises(
+        ValueError, match=f"^reward: {name} needs {repository} of the Hub, which .*={'FOLDER'}$"
+    ) as raised:
+        rewards.load(name)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_file_that_is_not_python(tmp_path):

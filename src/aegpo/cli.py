@@ -39,6 +39,7 @@ Align diffusion and flow models with human preference by online reinforcement le
   aegpo COMMAND --help      (train --help lists every setting)
 """
 TRAIN_OPTIONS = ("--help", "--dry-run", "--resume", "--overwrite", "--push-to-hub")
+REWARDS = "world, clipscore, hpsv21, imagereward, pickscore (from a folder: pickscore=DIR), or FILE.py:FUNCTION"
 ANALYZE_OPTIONS = ("--help", "--prompts", "--reward", "--images", "--out")
 ANALYZE_TAKES = {"model.path": "MODEL", "prompts.eval": "--prompts", "eval_images": "--images"}  # settings, as these
 RECIPES = Path(__file__).with_name("recipes")
@@ -168,7 +169,7 @@ def _evaluate(words: list[str]) -> None:
     parser.add_argument("RUN", type=_run_folder, help="the folder of a run")
     own = "a .txt, a .jsonl or a data set (default: the run's own)"
     parser.add_argument("--prompts", type=_text, metavar="FILE", help=own)
-    judge = "world, or FILE.py:FUNCTION (default: the run's own)"
+    judge = f"{REWARDS} (default: the run's own)"
     parser.add_argument("--reward", type=_text, metavar="NAME", help=judge)
     several = "one or several such: the base's pictures and the run's, each drawn once, are judged by all and kept"
     parser.add_argument("--rewards", type=_names, metavar="NAME,NAME,...", help=several)
@@ -241,9 +242,7 @@ def _analyze(words: list[str]) -> None:
     parser.add_argument(
         "--prompts", type=_text, metavar="FILE", help=f"a .txt, a .jsonl, a data set, or world ({default})"
     )
-    parser.add_argument(
-        "--reward", type=_text, metavar="NAME", help="world, or FILE.py:FUNCTION (default: the run's own)"
-    )
+    parser.add_argument("--reward", type=_text, metavar="NAME", help=f"{REWARDS} (default: the run's own)")
     parser.add_argument("--images", type=_whole(1), metavar="N", default=4, help="images for each prompt (default: 4)")
     where = "where to write analysis.html and analysis.json (default: RUN/analysis, or runs/analysis)"
     parser.add_argument("--out", type=_text, metavar="DIR", help=where)

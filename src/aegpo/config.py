@@ -310,7 +310,8 @@ class Config:
     model: Model = Model()
     prompts: Prompts = Prompts()
     reward: str = "world"
-    """`world`, or a function of your own: `my_reward.py:score` or `my_package.module:score`."""
+    """`world`; a scorer whose files come from the Hub or, as in `pickscore=FOLDER`, from a folder: clipscore, hpsv21,
+    imagereward or pickscore; or a function of your own: `my_reward.py:score` or `my_package.module:score`."""
     algorithm: str = "aegpo-fast"
     """The named variant: flow-grpo, flow-grpo-fast, dance-grpo, mix-grpo, mix-grpo-flash, branch-grpo, tempflow-grpo,
     grpo-guard, flow-dppo, e-grpo, diffusion-nft, awm, ram, dgpo, online-dpo, ddpo, aegpo, aegpo-fast or aegpo-paper

@@ -11,10 +11,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from aegpo.config import did_you_mean
 from aegpo.types import Judgement
 
 __all__ = ["Reward", "load"]
 
+SCORERS = "clipscore", "hpsv21", "imagereward", "pickscore"  # each a module here, with `load`
 FRAMES = 8  # of a video that are judged, at most
 
 
@@ -30,19 +32,29 @@ def load(name: str) -> Reward:
     """The reward of that name.
 
     Args:
-        name: `world`, or a function of the user's own, `file.py:function` or `package.module:function`. It is called
-            with the images, uint8 (n, H, W, 3), and the n prompts, and with the n metadata mappings if it takes a third
-            argument; it returns n numbers. Of a video it judges frames.
+        name: `world`; one of SCORERS, whose files come from the Hub, or from a folder, as in `pickscore=FOLDER`; or a
+            function of the user's own, `file.py:function` or `package.module:function`. It is called with the images,
+            uint8 (n, H, W, 3), and the n prompts, and with the n metadata mappings if it takes a third argument; it
+            returns n numbers. Of a video it judges frames.
 
     Raises:
-        ValueError: no such reward, file or function.
+        ValueError: no such reward, file or function, or a scorer's files cannot be had.
     """
     if name == "world":
         from aegpo import world
 
         return on_frames(lambda images, prompts, metadata: Judgement(*world.verify(images, prompts, metadata)))
+    scorer, has_folder, folder = name.partition("=")
+    if scorer in SCORERS:
+        if has_folder and not folder:
+            raise ValueError(f"reward: {name!r} names no folder after the =")
+        return on_frames(importlib.import_module(f"aegpo.rewards.{scorer}").load(folder or None))
     if ":" not in name:
-        raise ValueError(f"reward: {name!r} is unknown; give 'world', or your own as 'my_reward.py:score'")
+        known = ("world", *SCORERS)
+        raise ValueError(
+            f"reward: {name!r} is unknown; known are {', '.join(known)}, and your own as 'my_reward.py:score'"
+            f"{did_you_mean(scorer, known)}"
+        )
     return on_frames(_checked(_import(name), name))
 
 

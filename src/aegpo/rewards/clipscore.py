@@ -1,0 +1,24 @@
+"""CLIPScore (arXiv 2104.08718): how well a picture fits its prompt, to CLIP ViT-L/14."""
+
+from aegpo.rewards import Reward
+from aegpo.rewards.clip import Clip
+from aegpo.rewards.weights import Source
+from aegpo.types import Judgement
+
+HUB = "openai/clip-vit-large-patch14"
+
+
+def load(folder: str | None = None) -> Reward:
+    """The reward: max(100 cos, 0), in [0, 100], mostly 15 to 35.
+
+    This is how torchmetrics has it and papers on text-to-image models report it. The paper itself takes ViT-B/32,
+    2.5 max(cos, 0), and prompts that begin with "A photo depicts".
+
+    Args:
+        folder: that holds the files of `openai/clip-vit-large-patch14`; by default the Hub's.
+
+    Raises:
+        ValueError: the files cannot be had or do not fit.
+    """
+    clip = Clip(Source("clipscore", HUB, HUB, folder))
+    return lambda images, prompts, metadata: Judgement((100 * clip.cosine(images, prompts)).clip(0))
