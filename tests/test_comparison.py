@@ -16,6 +16,7 @@ from aegpo.comparison import interval, summary
 from aegpo.config import load_yaml, resolve
 from aegpo.data import load_prompts
 from aegpo.rewards import load
+from tests.rewards.small import clip_folder
 
 NORMAL = np.random.default_rng(0).normal(3, 2, 400)
 
@@ -182,6 +183,21 @@ def test_other_prompts_another_folder_and_a_table(folder, tmp_path, capsys, monk
     columns = [row[name] for name in ("base", "run", "gain")]
     assert cells[0] == [f"{column['mean']:.4f}" for column in columns]
     assert cells[1] == ["[{:.4f}, {:.4f}]".format(*column["interval"]) for column in columns]
+
+
+def test_scorers_from_folders_judge_the_kept_pictures(folder, tmp_path):
+    (tmp_path / "three.txt").write_text("a ring\ntwo squares\na red circle\n")
+    names = [f"{name}={clip_folder(tmp_path / name, seed)}" for seed, name in enumerate(("clipscore", "pickscore"))]
+    words = ["--prompts", str(tmp_path / "three.txt"), "--images", "1", "--out", str(tmp_path / "out")]
+    assert main(["eval", str(folder / "run"), "--rewards", ",".join(names), *words]) == 0
+    written = json.loads((tmp_path / "out" / "eval.json").read_text())["rewards"]
+    assert list(written) == names
+    for policy in ("base", "run"):
+        paths = sorted((tmp_path / "out" / "images" / policy).iterdir())
+        pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
+        for name in names:
+            again = load(name)(pictures, ["a ring", "two squares", "a red circle"], [{}] * 3).score
+            assert np.ravel(written[name][policy]["scores"]) == pytest.approx(again, abs=1e-5)
 
 
 def test_an_evaluation_that_fails_half_way_leaves_no_numbers(folder, tmp_path, capsys):
