@@ -317,6 +317,7 @@ def measured(size: str, arm: str, prompts: int, pairs: int) -> dict[str, Any]:
     step = Step(size, arm, prompts)
     operations = step.operations(1)
     first = step.take(recompute=False)
+    step.take()  # what it does otherwise is compiled here
     taken = [step.take() for _ in range(pairs)]
     row = {key: float(np.median([one[key] for one in taken])) for key in ("rollouts", "update", "peak_gib")}
     trained = operations * taken[0]["rows"]
