@@ -32,6 +32,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan
@@ -110,10 +111,12 @@ def denoiser(size: str, config: Config) -> Denoiser:
             use_quant_conv=False,
             use_post_quant_conv=False,
         )
-    pipe = make_pipeline(transformer.to(dtype), FlowMatchEulerDiscreteScheduler(shift=3.0), vae.to(dtype), *[None] * 6)
+    clip = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = make_pipeline(transformer.to(dtype), scheduler, vae.to(dtype), clip, *[None] * 5)
     pipe.set_progress_bar_config(disable=True)
     family = SD3(pipe, config.model)
-    tokens = 77 + about["text_tokens"] if size == "medium" else about["text_tokens"]
+    tokens = family.text_shapes["embeds"][0]
 
     def encode(prompt: str) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(len(prompt) + 1)
