@@ -14,6 +14,7 @@ the GPU's dense bf16 peak. What is computed twice, such as ratios that are taken
 
 import argparse
 import json
+import tempfile
 import time
 from dataclasses import replace
 from functools import cache
@@ -37,6 +38,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan
 from aegpo.config import Config, needs_probe, needs_reference, needs_spread, resolve
+from aegpo.models import memory
 from aegpo.models.base import Denoiser
 from aegpo.models.sd3 import SD3
 from aegpo.rollout import ROLLOUT, collect, noise
@@ -271,8 +273,9 @@ class Step:
             "first_error": errors[0].item(),
         }
 
-    def operations(self, rows: int) -> float:
-        """What training so many rows cannot do without, as torch counts it in a pass of one row."""
+    def operations(self) -> float:
+        """What training a row cannot do without, as torch counts it in a pass, through peft's layers, of one row."""
+        own = {m: vars(m).pop("forward") for m in self.model.network.modules() if "forward" in vars(m)}
         conditions = self.model.encode([self.batch[0].text])
         x = noise(self.model.latent_shape, 0, device=self.model.device).unsqueeze(0)
         given = (x, torch.tensor(0.7), conditions, torch.tensor([0]), self.config.sampler.guidance)
@@ -282,8 +285,9 @@ class Step:
         eager = torch.compiler.set_stance("force_eager")
         with eager, FlopCounterMode(display=False) as forward, torch.no_grad(), self.model.reference():
             self.model.predict(*given)
-        once = counted.get_total_flops() + forward.get_total_flops() * needs_reference(self.config)
-        return rows * once
+        for module, forward_of in own.items():
+            module.forward = forward_of
+        return counted.get_total_flops() + forward.get_total_flops() * needs_reference(self.config)
 
 
 def main() -> None:
@@ -318,9 +322,8 @@ def main() -> None:
 def measured(size: str, arm: str, prompts: int, pairs: int) -> dict[str, Any]:
     """An arm's row: medians over steps, after a first that compiles and shows how far ratios are from 1."""
     step = Step(size, arm, prompts)
-    operations = step.operations(1)
+    operations = step.operations()
     first = step.take(recompute=False)
-    step.take()  # what it does otherwise is compiled here
     taken = [step.take() for _ in range(pairs)]
     row = {key: float(np.median([one[key] for one in taken])) for key in ("rollouts", "update", "peak_gib")}
     trained = operations * taken[0]["rows"]
@@ -337,17 +340,34 @@ def measured(size: str, arm: str, prompts: int, pairs: int) -> dict[str, Any]:
         "ratio_error": first["first_error"],
         "ratio_error_recomputed": taken[0]["first_error"],
         "clip": step.config.loss.clip_high,
+        "estimated_gib": estimated(step),
     }
 
 
+def estimated(step: Step) -> float:
+    """What `aegpo train --dry-run` says of a step's peak memory, in GiB, from the config files of the same pipeline."""
+    with tempfile.TemporaryDirectory() as folder:
+        step.model.pipe.save_config(folder)
+        for part in ("transformer", "vae", "scheduler", "text_encoder"):
+            save = getattr(step.model.pipe, part)
+            (save.config.save_pretrained if part == "text_encoder" else save.save_config)(f"{folder}/{part}")
+        config = replace(step.config, model=replace(step.config.model, path=folder))
+        outline = memory.sizes(config.model)
+        assert outline is not None
+        return memory.total(memory.estimate(config, outline))[1] / memory.GIB
+
+
 def show(rows: dict[str, Any]) -> None:
-    table = Table("step", "seconds", "rollouts", "training", "MFU", "peak GiB", "times as fast", "ratio - 1")
+    table = Table(
+        "step", "seconds", "rollouts", "training", "MFU", "peak GiB", "estimated", "times as fast", "ratio - 1"
+    )
     for name, row in rows.items():
         table.add_row(
             name,
             *(f"{row[key]:.1f}" for key in ("seconds", "rollouts", "update")),
             f"{row['mfu']:.1%}",
             f"{row['peak_gib']:.1f}",
+            f"{row['estimated_gib']:.1f}",
             f"{row.get('times_as_fast', float('nan')):.2f}",
             f"{row['ratio_error']:.1e}",
         )

@@ -125,10 +125,11 @@ class Denoiser:
         }
         self._dtype = dtype if self.is_lora else torch.float32
         self._autocasts = dtype != self._dtype
+        self._compiled = settings.compile
         if settings.gradient_checkpointing:
             self._policy.enable_gradient_checkpointing()
         for network in (self._policy, self._base):
-            if settings.compile and network is not None:
+            if self._compiled and network is not None:
                 compile_blocks(network)
         self._acting = self._policy
 
@@ -205,9 +206,16 @@ class Denoiser:
         return self.family.guided(unconditional, conditional, guidance)
 
     def _velocity(self, x: Tensor, sigma: Tensor, given: Mapping[str, Tensor], guidance: float) -> Tensor:
+        """One evaluation a row. Code compiled for a way back rounds otherwise than that without, so it always serves."""
         self.forwards += len(x)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self._autocasts):
+        wanted = torch.is_grad_enabled()
+        with (
+            torch.set_grad_enabled(wanted or self._compiled),
+            torch.autocast(x.device.type, torch.bfloat16, enabled=self._autocasts),
+        ):
             velocity = self.family.velocity(self._acting, x, sigma, given, guidance).float()
+        if not wanted:
+            return velocity.detach()
         if velocity.requires_grad:
             velocity.register_hook(partial(self._count_backward, len(x)))
         return velocity

@@ -64,15 +64,17 @@ def _beside(layer: Any, x: Tensor) -> Tensor:
 
     It is not merged: a small change of a large weight would be rounded away.
     """
-    base = layer.base_layer(x)
+    base = layer.base_layer
     if layer.disable_adapters:
-        return base
+        return base(x)
     a, b, scale = _factors(layer)
-    return base + scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
+    if type(base) is nn.Linear and x.dtype == base.weight.dtype == torch.bfloat16:
+        return BesideProduct.apply(x, base.weight, base.bias, a, b, scale)
+    return base(x) + scale * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
 
 
 def _merged(layer: Any, x: Tensor) -> Tensor:
-    """An adapted layer as one product with `W + scale B A`, which is peft's sum of three but for its rounding."""
+    """An adapted layer in full precision as one product with `W + scale B A`, which is peft's sum but for rounding."""
     if layer.disable_adapters or torch.is_autocast_enabled(x.device.type):
         return _beside(layer, x)
     a, b, scale = _factors(layer)
@@ -103,6 +105,33 @@ class MergedProduct(torch.autograd.Function):
         to_a = ctx.scale * ((slope @ b).T @ rows)
         to_b = ctx.scale * (slope.T @ (rows @ a.T))
         return to_x, None, None, to_a, to_b, None
+
+
+class BesideProduct(torch.autograd.Function):
+    """`x W^T + bias + scale x A^T B^T` in half precision, each product added to what is there instead of to a copy.
+
+    Gradients are for x and, in float32, for the factors. A forward keeps x and its product with A.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        """x (..., in), weight (out, in), bias (out,), a (rank, in), b (out, rank); returns (..., out)."""
+        rows, a, b = x.flatten(0, -2), a.to(x.dtype), b.to(x.dtype)
+        low = rows @ a.T
+        product = F.linear(rows, weight, bias).addmm_(low, b.T, alpha=scale)
+        ctx.save_for_backward(rows, weight, a, b, low)
+        ctx.scale, ctx.shape = scale, x.shape
+        return product.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of `forward`'s arguments from that of what it returned."""
+        rows, weight, a, b, low = ctx.saved_tensors
+        slope = slopes[0].flatten(0, -2)
+        thin, to_x = slope @ b, None
+        if ctx.needs_input_grad[0]:
+            to_x = (slope @ weight).addmm_(thin, a, alpha=ctx.scale).reshape(ctx.shape)
+        return to_x, None, None, ctx.scale * (thin.T @ rows).float(), ctx.scale * (slope.T @ low).float(), None
 
 
 def lora_weights(network: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
