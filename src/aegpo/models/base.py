@@ -206,7 +206,7 @@ class Denoiser:
         return self.family.guided(unconditional, conditional, guidance)
 
     def _velocity(self, x: Tensor, sigma: Tensor, given: Mapping[str, Tensor], guidance: float) -> Tensor:
-        """One evaluation a row. Code compiled for a way back rounds otherwise than that without, so it always serves."""
+        """One evaluation a row. Code compiled for a way back rounds otherwise than other code, so it always serves."""
         self.forwards += len(x)
         wanted = torch.is_grad_enabled()
         with (
