@@ -156,7 +156,7 @@ def verify(folder: Path, weights: Mapping[str, nn.Parameter] | None = None) -> N
 def _optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     states = {name: optimizer.state.get(parameter, {}) for name, parameter in weights.items()}
     return {
-        f"{name}/{key}": torch.as_tensor(value).contiguous()
+        f"{name}/{key}": torch.as_tensor(value).clone()  # bitsandbytes has one table for all weights, a file may not
         for name, state in states.items()
         for key, value in state.items()
     }

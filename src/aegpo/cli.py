@@ -369,7 +369,8 @@ def _resumed_run(resume: str, overrides: dict[str, Any]) -> Path:
 
 
 def _recipe_file(name: str) -> Path:
-    packaged = {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+    files = sorted(RECIPES.rglob("*.yaml"))
+    packaged = {file.relative_to(RECIPES).with_suffix("").as_posix(): file for file in files}
     path = Path(name)
     if path.is_file() or (path.exists() and name not in packaged):
         return path
@@ -416,7 +417,8 @@ def _memory(parts: dict[str, int], outline: Any) -> list[tuple[str, str, int]]:
     size = f"{memory.count(outline.network):,} of the network, and the VAE's, computed in {str(outline.dtype)[6:]}"
     about = {
         "weights": size,
-        "trained": "an adapter or all weights, with gradients, moments and averages, in float32",
+        "trained": "an adapter or all weights, in float32",
+        "optimizer": "their gradients, moments and averages",
         "activations": "a micro-batch of training, and one block on the way back",
         "latents": "explored steps, trunks and rollouts",
         "decoding": "latents into pixels, or the forward of a batch of rollouts",

@@ -80,9 +80,9 @@ def test_parameters_are_counted_as_they_are(name, folders):
     assert memory.count(outline.pipe.vae) == memory.count(model.pipe.vae)
     real = [part for key, part in model.pipe.components.items() if key.startswith("text_encoder") and part]
     assert [memory.count(part) for part in outline.encoders] == [memory.count(part) for part in real]
-    assert memory.estimate(resolve_for(chosen), outline)["trained"] == 16 * sum(
-        weight.numel() for weight in model.trainable.values()
-    )
+    trained = sum(weight.numel() for weight in model.trainable.values())
+    parts = memory.estimate(resolve_for(chosen), outline)
+    assert (parts["trained"], parts["optimizer"]) == (4 * trained, 12 * trained)
 
 
 def resolve_for(chosen: Model, **more) -> Config:
@@ -147,7 +147,8 @@ def test_each_setting_does_to_the_estimate_what_it_does_to_memory(estimated):
     rows = 96 * explored_steps(resolve({"algorithm": "flow-grpo"}))
     assert rows * plain["activations"] / 8 > kept > 0.8 * rows * plain["activations"] / 8  # one block, once
     averaged = estimated("sd15", optimizer={"ema": 0.9, "behaviour": 0.5})
-    assert averaged["trained"] == plain["trained"] * 28 / 16
+    assert averaged["optimizer"] == plain["optimizer"] * 24 / 12
+    assert estimated("sd15", optimizer={"kind": "adamw_8bit"})["optimizer"] == plain["optimizer"] / 2
     assert plain["latents"] == 4 * (4 * 8 * 8) * (6 * rows + 8 * 21 + 5 * 96)
 
 
@@ -155,7 +156,8 @@ def test_the_base_stands_beside_weights_that_are_all_trained(estimated, folders)
     outline = memory.sizes(settings(folders, "sd15"))
     network, vae = memory.count(outline.network), memory.count(outline.pipe.vae)
     full = estimated("sd15", {"train": "full"})
-    assert (full["trained"], full["weights"]) == (16 * network, 4 * network + 4 * vae)
+    assert (full["trained"], full["optimizer"]) == (4 * network, 12 * network)
+    assert full["weights"] == 4 * network + 4 * vae
     assert estimated("sd15")["weights"] == 4 * network + 4 * vae
     assert estimated("sd15", {"dtype": "auto"})["weights"] == 2 * network + 2 * vae  # as on a GPU
 
@@ -165,10 +167,10 @@ def test_guidance_as_an_input_costs_no_second_evaluation(estimated):
 
 
 def test_the_total_is_that_of_the_phase_that_takes_most():
-    parts = {"weights": 5, "trained": 1, "activations": 4, "latents": 2, "decoding": 3, "text encoders": 7}
-    assert memory.total(parts) == ("encoding", 13)
-    assert memory.total(parts | {"text encoders": 2}) == ("training", 12)
-    assert memory.total(parts | {"text encoders": 2, "decoding": 9}) == ("rollouts", 17)
+    parts = {"weights": 5, "trained": 1, "optimizer": 3, "activations": 4, "latents": 2, "decoding": 3}
+    assert memory.total(parts | {"text encoders": 10}) == ("encoding", 16)
+    assert memory.total(parts | {"text encoders": 8}) == ("training", 15)
+    assert memory.total(parts | {"text encoders": 8, "decoding": 9}) == ("rollouts", 20)
 
 
 def test_the_peak_is_what_is_alive_at_once():
@@ -192,7 +194,8 @@ def test_a_pipeline_that_cannot_be_read_has_no_outline(tmp_path):
     assert memory.sizes(Model(path=str(tmp_path))) is None
 
 
-PARTS = {"weights": 4, "trained": 1, "activations": 30, "latents": 1, "decoding": 3, "text encoders": 9}
+PARTS = {"weights": 4, "trained": 1, "optimizer": 0}
+PARTS |= {"activations": 30, "latents": 1, "decoding": 3, "text encoders": 9}
 
 
 @pytest.fixture

@@ -32,8 +32,8 @@ FREE = 0.06  # the share of a GPU that is better left to the driver, and to gaps
 
 PHASES = {  # the parts that are on the GPU at once
     "encoding": ("weights", "trained", "text encoders"),
-    "rollouts": ("weights", "trained", "latents", "decoding"),
-    "training": ("weights", "trained", "latents", "activations"),
+    "rollouts": ("weights", "trained", "optimizer", "latents", "decoding"),
+    "training": ("weights", "trained", "optimizer", "latents", "activations"),
 }
 
 
@@ -132,7 +132,7 @@ def estimate(config: Config, outline: Outline) -> dict[str, int]:
     policy = trainable(outline, settings)
     trained = count(policy, lambda parameter: parameter.requires_grad)
     copies = bool(how.ema) + bool(how.behaviour) + bool(how.ema or how.behaviour)  # the last while another one acts
-    moments = 2 * (1 if getattr(how, "kind", "adamw") == "adamw_8bit" else 4)
+    moments = 2 * (1 if how.kind == "adamw_8bit" else 4)
 
     doubled = 2 if config.sampler.guidance != 1 and not outline.family.is_distilled else 1
     first, second = (kept(outline, policy, settings, samples) for samples in (1, 2))
@@ -145,7 +145,8 @@ def estimate(config: Config, outline: Outline) -> dict[str, int]:
     latents = 2 * 3 * rows + trunk + 5 * config.rollouts_per_step  # rows are picked off those that were drawn
     return {
         "weights": _frozen(outline, settings),
-        "trained": trained * (4 + 4 + moments + 4 * copies),
+        "trained": trained * 4,
+        "optimizer": trained * (4 + moments + 4 * copies),  # the gradients, Adam's moments, averages
         "activations": at_once * row + forwards * fixed + batch * block,
         "latents": 4 * math.prod(shape) * latents,
         "decoding": max(decoding(outline, drawn), drawn * block),
@@ -183,12 +184,14 @@ def _smaller(part: str, config: Config) -> list[str]:
     model, how = config.model, config.optimizer
     few = (model.quantize != "nf4", "model.quantize nf4")
     adapter = (model.train == "full", "model.train lora")
+    rank = (model.train == "lora" and model.lora.rank > 1, "a smaller model.lora.rank")
     rows = (how.micro_batch > 1, f"optimizer.micro_batch {max(1, how.micro_batch // 2)}")
     half = (model.dtype == "float32", "model.dtype bfloat16")
     size = (True, "a smaller model.resolution")
     known = {
         "weights": (adapter, half, few),
-        "trained": (adapter, (model.train == "lora" and model.lora.rank > 1, "a smaller model.lora.rank")),
+        "trained": (adapter, rank),
+        "optimizer": (adapter, (how.kind == "adamw", "optimizer.kind adamw_8bit"), rank),
         "activations": (
             (how.keep_graphs, "optimizer.keep_graphs false"),
             (not model.gradient_checkpointing, "model.gradient_checkpointing true"),
