@@ -6,7 +6,8 @@ import datasets
 import pytest
 from datasets import Dataset, Features, Image, List, Value
 
-from aegpo.data import draw, load_prompts
+from aegpo.config import resolve
+from aegpo.data import ahead, draw, load_prompts
 from aegpo.types import Prompt
 
 PROMPTS = [Prompt(i, f"prompt {i}", {}) for i in range(10)]
@@ -189,3 +190,13 @@ def test_the_library_is_loaded_only_for_a_data_set(tmp_path):
     )
     program += "; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.txt")]).returncode == 0
+
+
+def test_what_lies_ahead_is_what_is_drawn():
+    prompts = [Prompt(i, str(i), {}) for i in range(50)]
+    for steps in (1, 3, 12, 13, 40):
+        config = resolve({"steps": steps, "prompts_per_step": 4, "rollouts_per_step": 48, "seed": 3})
+        drawn = {prompt.id for step in range(steps) for prompt in draw(prompts, 4, 3, step)}
+        assert drawn <= {prompt.id for prompt in ahead(prompts, config)}
+        if steps < 12:
+            assert [prompt.id for prompt in ahead(prompts, config)] == sorted(drawn)

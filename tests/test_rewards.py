@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from aegpo import rewards, world
+from aegpo.types import Judgement
 
 IMAGES = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
 
@@ -133,3 +134,28 @@ def test_a_scorer_that_the_hub_does_not_give(name, repository, monkeypatch, tmp_
 def test_a_file_that_is_not_python(tmp_path):
     with pytest.raises(ValueError, match="is not valid Python: line 2"):
         rewards.load(own(tmp_path, "def score(:"))
+
+
+def test_a_video_is_judged_by_the_mean_of_evenly_spaced_frames(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def score(images, prompts):\n    return images[:, 0, 0, 0] + 100.0 * len(prompts)\n"
+    )
+    judge = rewards.load(f"{tmp_path / 'own.py'}:score")
+    video = np.zeros((2, 15, 4, 4, 3), np.uint8)
+    video[0, :, 0, 0, 0] = np.arange(15)
+    video[1, :, 0, 0, 0] = 100 + np.arange(15)
+    score = judge(video, ["a", "b"], [{}, {}]).score  # frames 0, 2, ..., 14 of each: 16 pictures, each with its prompt
+    assert score.tolist() == [7 + 1600, 107 + 1600]
+    assert judge(video[:, :3], ["a", "b"], [{}, {}]).score.tolist() == [1 + 600, 101 + 600]
+
+
+def test_a_video_passes_where_all_its_frames_do():
+    verdicts = {0: False, 1: True}
+    judge = rewards.on_frames(
+        lambda images, prompts, metadata: Judgement(
+            images[:, 0, 0, 0].astype(np.float32), np.array([verdicts[v] for v in images[:, 0, 0, 0]])
+        )
+    )
+    video = np.ones((2, 3, 4, 4, 3), np.uint8)
+    video[1, 1] = 0
+    assert judge(video, ["a", "b"], [{}, {}]).passed.tolist() == [True, False]

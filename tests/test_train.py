@@ -922,3 +922,39 @@ def test_what_the_probe_cannot_read_is_said_before_a_run_is_overwritten(tmp_path
         build.run(config(tmp_path, steps=1, probe={"layers": ["down_blocks.*"]}), overwrite=True)
     assert files() == before
     assert metrics(tmp_path / "run")[0]["forwards"] == 6 * 4  # having tried it is not counted
+
+
+@pytest.mark.parametrize("loss", ["clip", "guard", "dppo"])
+def test_ratios_that_rounding_put_off_are_taken_anew_in_the_batches_of_training(rows, loss):
+    """Velocities that are off by what half precision may round stand for those of other batches."""
+    conditions, full = rows
+    errors = 3e-2 * torch.randn(full.velocity.shape, generator=torch.Generator().manual_seed(1))
+
+    def updated(off, recompute):
+        how = {"updates": 2, "micro_batch": 3, "recompute": recompute}
+        settings = resolve({"algorithm": "flow-grpo", "loss": {"kind": loss, "kl": 0.0}, "optimizer": how})
+        model = models.load(settings.model)
+        with torch.no_grad():
+            for i, parameter in enumerate(model.trainable.values()):
+                parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+            sigma = model.sigmas(10)[full.step].to(full.x)
+            exact = model.predict(full.x, sigma, conditions, full.prompt, 1.0)
+        drawn = replace(full, x_next=full.x - 0.1 * exact, velocity=exact + off)
+        model.forwards = 0
+        optimizer = torch.optim.SGD(model.trainable.values(), lr=0.01)
+        learned = update(settings, model, optimizer, drawn, conditions, 0, Quiet())
+        return torch.cat([p.detach().flatten() for p in model.trainable.values()]), learned, model.forwards
+
+    exact, learned, evaluated = updated(torch.zeros_like(errors), None)
+    assert learned["recomputed"] == 0 and evaluated == 8 * 3  # eight rows with an advantage
+    assert learned["ratio/first_error"] < 1e-6
+    mended, learned, evaluated = updated(errors, None)
+    assert learned["recomputed"] == 4 and evaluated == 8 * 3 + 3 + 4  # the first batch twice, and the second update's
+    assert learned["ratio/first_error"] > 1e-5
+    torch.testing.assert_close(mended, exact, atol=1e-7, rtol=0)
+    left, learned, _ = updated(errors, False)
+    assert learned["recomputed"] == 0
+    assert (left - exact).abs().max() > 1e-6
+    asked, learned, evaluated = updated(errors, True)
+    assert learned["recomputed"] == 4 and evaluated == 8 * 3 + 4
+    assert torch.equal(asked, mended)
