@@ -532,7 +532,8 @@ def rows():
 
 def gradient(conditions, rows, **changes):
     """The gradient that an update leaves behind, before clipping could touch it."""
-    settings = resolve({"algorithm": "aegpo", "optimizer": {"updates": 1, "max_grad_norm": 1e9} | changes})
+    how = {"updates": 1, "max_grad_norm": 1e9, "recompute": False}  # its rows are of no policy
+    settings = resolve({"algorithm": "aegpo", "optimizer": how | changes})
     model = models.load(settings.model)
     optimizer = torch.optim.SGD(model.trainable.values(), lr=0.0)
     counted = update(settings, model, optimizer, rows, conditions, 0, Quiet())
@@ -808,7 +809,8 @@ def test_rows_are_dealt_once_each_and_out_of_their_order(rows, monkeypatch):
         return objective(config, model, some, *others, **more)
 
     monkeypatch.setattr(train, "objective", spy)
-    settings, model = resolve({"algorithm": "aegpo", "optimizer": {"updates": 2}}), models.load(Config().model)
+    settings = resolve({"algorithm": "aegpo", "optimizer": {"updates": 2, "recompute": False}})
+    model = models.load(Config().model)
     for step in (0, 0, 1):
         dealt.append([])
         update(settings, model, torch.optim.SGD(model.trainable.values(), lr=0.0), full, conditions, step, Quiet())

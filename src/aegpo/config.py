@@ -268,12 +268,12 @@ class Loss:
 class Optimizer:
     """AdamW and how rows are dealt to it."""
 
-    kind: Literal["adamw", "adamw_8bit"] = "adamw"
-    """torch's, or bitsandbytes', which keeps its moments in 8 bits (arXiv 2110.02861)."""
     lr: Positive = 3e-4
     """Learning rate."""
     decay: Literal["none", "linear"] = "none"
     """Keep the learning rate, or lower it step by step to 0 at the run's end."""
+    kind: Literal["adamw", "adamw_8bit"] = "adamw"
+    """torch's, or bitsandbytes', which keeps its moments in 8 bits (arXiv 2110.02861)."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     eps: Positive = 1e-8
     weight_decay: NonNegative = 1e-4

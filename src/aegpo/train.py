@@ -7,7 +7,6 @@ It knows no algorithm by name. A variant is a choice of sampler, allocation, exp
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +23,8 @@ from aegpo.data import ahead, draw
 from aegpo.evaluation import evaluate
 from aegpo.math.advantages import best_of, node_returns, tree_advantages
 from aegpo.models.base import Denoiser, acting
-from aegpo.objective import objective
+from aegpo.objective import objective, predict_again
+from aegpo.optimizer import make_optimizer
 from aegpo.rewards import Reward
 from aegpo.rollout import collect, shared_trunk
 from aegpo.signals import probe, reward_spread
@@ -182,19 +182,6 @@ def credit(config: Config, scores: Tensor, group: Tensor, courses: Courses) -> t
 # ---------------------------------------------------------------- update
 
 
-def make_optimizer(config: Config, model: Denoiser) -> torch.optim.Optimizer:
-    """AdamW over the trained weights; raises ValueError where that of 8 bits is not installed."""
-    how = config.optimizer
-    settings: dict[str, Any] = {"lr": how.lr, "betas": how.betas, "eps": how.eps, "weight_decay": how.weight_decay}
-    if how.kind == "adamw":
-        return torch.optim.AdamW(model.trainable.values(), **settings)
-    if find_spec("bitsandbytes") is None:
-        raise ValueError("optimizer.kind: adamw_8bit needs bitsandbytes; pip install 'aegpo[8bit]', or choose adamw")
-    from bitsandbytes.optim import AdamW8bit
-
-    return AdamW8bit(model.trainable.values(), **settings)
-
-
 def learning_rate(config: Config, step: int) -> float:
     """The learning rate of a step."""
     return config.optimizer.lr * (1 - step / config.steps if config.optimizer.decay == "linear" else 1)
@@ -272,25 +259,6 @@ def update(
         "ratio/first_error": None if means["ratio/mean"] is None else first_error.item(),
         "lr": optimizer.param_groups[0]["lr"],
     }
-
-
-@torch.no_grad()
-def predict_again(
-    config: Config, model: Denoiser, rows: Transitions, conditions: Conditions, micros: Sequence[Tensor]
-) -> int:
-    """Put in place of rows' velocities what the policy, still as it drew them, predicts in the batches of training.
-
-    Half precision may round otherwise in a batch of another shape, by more than a clip of 1e-4 can bear.
-
-    Returns:
-        How many rows that were.
-    """
-    sigmas = model.sigmas(config.sampler.steps, config.sampler.shift)
-    for micro in micros:
-        part = rows[micro]
-        sigma = sigmas[part.step].to(part.x)
-        rows.velocity[micro] = model.predict(part.x, sigma, conditions, part.prompt, config.sampler.guidance)
-    return sum(map(len, micros))
 
 
 def pull_back(kept: Sequence[Tensor], slope: Tensor, used: Tensor) -> None:

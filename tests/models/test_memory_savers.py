@@ -14,7 +14,7 @@ from aegpo.config import Config, Lora, Model, resolve
 from aegpo.models import base
 from aegpo.models.lora import BesideProduct
 from aegpo.models.probe import AttentionProbe
-from aegpo.train import make_optimizer
+from aegpo.optimizer import make_optimizer
 from tests.models.pipelines import PIPELINES
 from tests.models.pipelines import build as build_pipeline
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_quantized_is_said(folders, monkeypatch):
         resolve({"model": {"quantize": "nf4", "train": "full"}})
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     monkeypatch.setattr("aegpo.models.quantized.find_spec", lambda _: None)
-    monkeypatch.setattr("aegpo.train.find_spec", lambda _: None)
+    monkeypatch.setattr("aegpo.optimizer.find_spec", lambda _: None)
     with pytest.raises(ValueError, match=r"model\.quantize: nf4 needs bitsandbytes; pip install 'aegpo\[8bit\]'"):
         models.load(Model(path=folders["sd3"], quantize="nf4"))
     with pytest.raises(
