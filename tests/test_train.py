@@ -710,9 +710,8 @@ def test_the_learning_rate_falls_step_by_step_and_would_be_zero_after_the_last()
 def test_a_long_gradient_is_shortened_and_its_length_reported(rows):
     """With a learning rate of 1 and plain SGD, the weights move by just that."""
     free, _ = gradient(*rows, micro_batch=100)
-    settings = resolve(
-        {"algorithm": "aegpo", "optimizer": {"updates": 1, "max_grad_norm": free["grad_norm"] / 4, "micro_batch": 100}}
-    )
+    how = {"updates": 1, "max_grad_norm": free["grad_norm"] / 4, "micro_batch": 100, "recompute": False}
+    settings = resolve({"algorithm": "aegpo", "optimizer": how})
     model = models.load(settings.model)
     before = [p.clone() for p in model.trainable.values()]
     optimizer = torch.optim.SGD(model.trainable.values(), lr=1.0)
