@@ -203,7 +203,7 @@ def test_it_costs_the_evaluations_that_were_announced(model, guidance):
     config = Config(sampler=Sampler(steps=3, guidance=guidance), optimizer=Optimizer(micro_batch=2), eval_images=3)
     before, told = model.forwards, []
     analyze(config, model, PROMPTS, brightness, progress=told.append)
-    assert model.forwards - before == sum(told) == evaluations(config, prompts=3, stages=1)
+    assert model.forwards - before == sum(told) == evaluations(config, 3, 1, guidance > 1)
 
 
 # ---------------------------------------------------------------- a run

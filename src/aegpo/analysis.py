@@ -97,13 +97,16 @@ def analyze(
     }
 
 
-def evaluations(config: Config, prompts: int, stages: int) -> int:
-    """Network evaluations that `analyze` takes for so many prompts and stages of the policy, the base among them."""
+def evaluations(config: Config, prompts: int, stages: int, doubled: bool) -> int:
+    """Network evaluations that `analyze` takes for so many prompts and stages of the policy, the base among them.
+
+    `doubled` says whether guidance costs a second one.
+    """
     steps, some = config.sampler.steps, min(prompts, SPREAD_OVER)
     followed = stages * prompts * (steps + config.eval_images * eval_steps(config))
     read = some * steps * (2 + (stages > 1))
     spread = some * SPREAD_ROLLOUTS * steps * (steps - 1) // 2
-    return (followed + read + spread) * (1 if config.sampler.guidance == 1 else 2)
+    return (followed + read + spread) * (2 if doubled else 1)
 
 
 # ---------------------------------------------------------------- measurements

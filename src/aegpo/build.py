@@ -30,7 +30,7 @@ from aegpo.evaluation import evaluate as evaluate_policy
 from aegpo.models import Denoiser, absent, compute_dtype, family_name, load, load_pipeline, memory
 from aegpo.models.comfyui import for_comfyui
 from aegpo.models.lora import read_lora
-from aegpo.report import read_metrics, write_analysis, write_model_card, write_report
+from aegpo.report import read_metrics, save_picture, write_analysis, write_model_card, write_report
 from aegpo.report.analysis import READINGS, SIGNALS, from_one
 from aegpo.report.html import correlation, percent
 from aegpo.signals import entropy_curves
@@ -43,9 +43,6 @@ RUN_FILES = (
     *("checkpoint-*", ".checkpoint-*", ".weights", "pytorch_lora_weights.safetensors", ".report*", ".README*"),
     *("model_index.json", "scheduler", "transformer", "unet", "vae", "text_encoder*", "tokenizer*"),
 )
-
-
-FRAMES_A_SECOND = 16  # of a video, as Wan draws them
 
 
 def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -> Path:
@@ -142,15 +139,12 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
         prompt=prompt,
         num_inference_steps=eval_steps(config),
         generator=torch.Generator().manual_seed(seed),
-        output_type="pil",
+        output_type="np",
         **family.call(config.sampler.guidance),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    if "frames" in drawn:
-        first, *others = drawn["frames"][0]
-        first.save(out, save_all=True, append_images=others, duration=1000 // FRAMES_A_SECOND, loop=0)
-    else:
-        drawn["images"][0].save(out)
+    picture = drawn["frames"] if "frames" in drawn else drawn["images"]
+    save_picture(out, (picture[0] * 255).round().astype(np.uint8))
 
 
 def export(run: Path, out: Path) -> None:
@@ -287,7 +281,7 @@ def analyze(
 
     console = Console()
     stages = 1 + sum(checkpoint.step_of(folder) > 0 for folder in found)
-    cost = evaluations(config, len(asked), stages)
+    cost = evaluations(config, len(asked), stages, policy.doubles(config.sampler.guidance))
     console.print(f"{len(asked)} prompts, {cost:,} network evaluations; written when all is done", highlight=False)
     with bar("analysis", cost, console) as advance:
         measured = measure(config, policy, asked, judge, found, advance)

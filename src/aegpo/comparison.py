@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from aegpo.config import Config, eval_steps
 from aegpo.models.base import Denoiser
+from aegpo.report import save_picture
 from aegpo.rewards import Reward
 from aegpo.rollout import draw
 from aegpo.types import Prompt
@@ -62,7 +62,7 @@ def compare(
             with model.reference() if policy == "base" else nullcontext():
                 images = draw(model, part, config)
             for image, (prompt, number) in zip(images, asked, strict=True):
-                Image.fromarray(image).save(folder / policy / f"{prompt.id:05}-{number}.png")
+                save_picture(folder / policy / f"{prompt.id:05}-{number}.png", image)
             for name, judge in judges.items():
                 scores[name][policy].append(judge(images, texts, metadata).score)
             progress(len(images))

@@ -1,5 +1,6 @@
 """Every family against diffusers' own call, on small pipelines of the real classes that are saved and loaded."""
 
+import json
 import re
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
-from aegpo import build, checkpoint, models
+from aegpo import build, checkpoint, models, rewards
 from aegpo.config import Model, Sampler, resolve
 from aegpo.models.base import height_and_width
 from aegpo.models.probe import AttentionProbe, _attention_layers
@@ -283,3 +284,20 @@ def test_the_size_of_an_image():
     assert height_and_width(Model(), (32, 48), 16) == (32, 48)
     assert height_and_width(Model(resolution=64), (32, 48), 16) == (64, 64)
     assert height_and_width(Model(resolution=(16, 48)), (32, 48), 16) == (16, 48)
+
+
+def test_a_video_is_judged_kept_and_read_back(folders, task, tmp_path):
+    config = trained("wan", "lora", folders, task, tmp_path / "run")
+    build.evaluate_by_all(tmp_path / "run", [config.reward])
+    said = json.loads((tmp_path / "run" / "eval" / "eval.json").read_text())["rewards"][config.reward]
+    kept = sorted((tmp_path / "run" / "eval" / "images" / "run").glob("*.png"))
+    videos = []
+    for file in kept:
+        with Image.open(file) as image:
+            frames = [image.seek(i) or np.asarray(image.convert("RGB")) for i in range(image.n_frames)]
+        videos.append(np.stack(frames))
+    assert np.stack(videos).shape == (4, 5, 16, 16, 3)
+    again = rewards.load(config.reward)(np.stack(videos), PROMPTS * 2, [{}] * 4).score
+    assert again.tolist() == pytest.approx(np.concatenate(said["run"]["scores"]).tolist(), rel=1e-6)
+    with Image.open(tmp_path / "run" / "samples" / "step-000002.png") as grid:
+        assert grid.width > 3 * 16

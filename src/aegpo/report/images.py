@@ -21,6 +21,7 @@ SMALL, LARGE = 128, 256  # pictures are shown about this large at least, and thi
 MARGIN, LINE_HEIGHT, PROMPT_LINES, MAX_COLUMNS = 12, 15, 3, 8
 LONGEST_PROMPT = 500  # characters: far more than three lines hold
 PAPER, INK, FAINT, EDGE, GREEN, RED = "#ffffff", "#24292e", "#6a737d", "#e4e2dc", "#1a7f4b", "#c2413a"
+FRAMES_A_SECOND = 16  # of a video, as Wan draws them
 Box = tuple[int, int, int, int]
 
 
@@ -32,6 +33,15 @@ class Sample:
     score: float
     passed: bool | None
     picture: str
+
+
+def save_picture(path: Path, picture: "np.ndarray") -> None:
+    """Writes a picture, uint8 (H, W, 3), or a video (frames, H, W, 3) as an animation, in the format of the name."""
+    first, *others = [Image.fromarray(frame) for frame in (picture if picture.ndim == 4 else picture[None])]
+    if others:
+        first.save(path, save_all=True, append_images=others, duration=1000 // FRAMES_A_SECOND, loop=0)
+    else:
+        first.save(path)
 
 
 def save_grid(
