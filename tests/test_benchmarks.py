@@ -1,10 +1,18 @@
-"""The statistics that the benchmarks' figures rest on."""
+"""What the benchmarks' figures rest on: statistics, and the loop that ours is beside."""
 
 import importlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+
+from aegpo import models
+from aegpo.config import Model, resolve
+from aegpo.objective import objective
+from aegpo.rollout import ROLLOUT, collect, noise
+from aegpo.types import Plan, Prompt
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +61,60 @@ def test_the_target_is_the_highest_mean_of_flow_grpo_under_either_average():
     swept, other = run("flow-grpo", convergence.SWEEP, 0.5, 1.0, 1.0), run("aegpo", 1, 0.5, 1.0)
     assert convergence.target([*long, swept, other]) == pytest.approx(0.7)
     assert convergence.target([*long, *short, swept, other]) == pytest.approx(0.72)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_the_gpu_benchmark_at_a_size_for_a_cpu(tmp_path, monkeypatch):
+    """Both arms draw and train the same rows, and evaluations are those counted by hand."""
+    gpu = importlib.import_module("gpu")
+    arms = ["flow-grpo", "plain loop"]
+    words = ["--size", "toy", "--pairs", "1", "--only", *arms, "--json", str(tmp_path / "gpu.json")]
+    monkeypatch.setattr("sys.argv", ["gpu.py", *words])
+    gpu.main()
+    ours, plain = (json.loads((tmp_path / "gpu.json").read_text())["results"][arm] for arm in arms)
+    assert ours["images"] == plain["images"] == 8 and ours["rows"] == plain["rows"] == 8 * 9
+    rollouts, training = 8 * 10 * 2, 72 * 2 * (1 + 2 + 1)  # under guidance: forward, backward, the base's forward
+    assert ours["forwards"] == {"rollouts": rollouts, "update": training}
+    assert ours["tflop_a_row"] == plain["tflop_a_row"] > 0
+    assert ours["ratio_error"] < ours["clip"] / 10
+    assert plain["times_as_fast"] == 1 and ours["times_as_fast"] == plain["seconds"] / ours["seconds"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("kl", [0.0, 0.5])
+def test_the_plain_loop_has_the_gradient_of_ours_under_guidance_and_with_a_pull(kl):
+    loop = importlib.import_module("reference_loop")
+    config = resolve({"algorithm": "flow-grpo", "sampler": {"guidance": 3.0}, "loss": {"kl": kl}})
+    model = models.load(Model(dtype="float32"))
+    with torch.no_grad():
+        for i, parameter in enumerate(model.trainable.values()):
+            parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    prompts = [Prompt(0, "a ring", {}), Prompt(1, "two squares", {})]
+    keys = [(ROLLOUT, 0, 0, prompt.id, i) for prompt in prompts for i in range(2)]
+
+    def drawn_noise(number):
+        return torch.stack([noise(model.latent_shape, *key, number) for key in keys])
+
+    def encode(texts):
+        rows = model.encode(texts).rows
+        return rows["embeds"], rows["pooled"]
+
+    sigmas, texts = model.sigmas(10), [prompt.text for prompt in prompts for _ in range(2)]
+    drawn = loop.sample(
+        model.pipe, encode, texts, drawn_noise(0), lambda i: drawn_noise(i + 1), sigmas, 0.7, 4, guidance=3.0
+    )
+    advantage = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    ratios = list(loop.update(model.pipe, drawn, advantage, sigmas, 0.7, 1e-4, kl, 3.0))
+    assert len(ratios) == 9
+    theirs = [p.grad.clone() for p in model.trainable.values()]
+
+    model.pipe.transformer.zero_grad()
+    conditions = model.encode([prompt.text for prompt in prompts])
+    plan = Plan(torch.tensor([2, 2]), torch.arange(10).expand(2, 10) < 9, torch.ones(2, 10, dtype=torch.float64))
+    own = collect(model, prompts, conditions, plan, config, 0)
+    assert np.abs(own.images.astype(int) - drawn[0].images).max() <= 1
+    rows = own.transitions.judged(advantage.unsqueeze(1).expand(4, 10), own.courses.trained)
+    objective(config, model, rows, conditions).value.backward()
+    largest = max(gradient.abs().max() for gradient in theirs)
+    for one, other in zip(model.trainable.values(), theirs, strict=True):
+        assert (one.grad - other).abs().max() < 1e-4 * largest

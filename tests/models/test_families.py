@@ -12,6 +12,7 @@ from PIL import Image
 from aegpo import build, checkpoint, models, rewards
 from aegpo.config import Model, Sampler, resolve
 from aegpo.models.base import height_and_width
+from aegpo.models.flux import Flux
 from aegpo.models.probe import AttentionProbe, _attention_layers
 from aegpo.report import read_metrics
 from aegpo.rollout import _first_latents, denoise
@@ -211,6 +212,14 @@ def test_no_prompt_is_encoded_twice_and_none_depends_on_its_neighbours(name, fol
         padded = model.predict(x, sigma, together, torch.tensor([1]), 2.0)
         bare = model.predict(x, sigma, alone, torch.tensor([0]), 2.0)
     torch.testing.assert_close(padded, bare, atol=2e-5, rtol=1e-4)
+
+
+def test_a_run_encodes_each_of_its_prompts_once(folders, task, tmp_path, monkeypatch):
+    """Over two steps, three evaluations, the probe and the base's probe."""
+    calls, encode = [], Flux.encode
+    monkeypatch.setattr(Flux, "encode", lambda self, prompt: calls.append(prompt) or encode(self, prompt))
+    trained("flux", "lora", folders, task, tmp_path / "run")
+    assert sorted(calls) == sorted(["", *PROMPTS, "a green cross", "a ring"])
 
 
 @pytest.mark.parametrize("name", ["sd15", "sd21-v", "sdxl"])
