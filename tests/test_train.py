@@ -25,10 +25,10 @@ from aegpo import build, checkpoint, evaluation, logbook, models, train, world
 from aegpo.adapt.courses import lay_out
 from aegpo.adapt.memory import Memory
 from aegpo.cli import main
-from aegpo.config import Config, dump_yaml, load_yaml, resolve
+from aegpo.config import Config, dump_yaml, load_yaml, ratio_tolerance, resolve
 from aegpo.objective import objective
 from aegpo.rollout import draw, shared_trunk
-from aegpo.train import learning_rate, update
+from aegpo.train import deal, learning_rate, update
 from aegpo.types import Judgement, Plan, Prompt, Rollouts, Signals, Transitions
 
 FEW = "few"  # three training prompts, so that a run of three steps visits them again
@@ -931,31 +931,53 @@ def test_ratios_that_rounding_put_off_are_taken_anew_in_the_batches_of_training(
     conditions, full = rows
     errors = 3e-2 * torch.randn(full.velocity.shape, generator=torch.Generator().manual_seed(1))
 
-    def updated(off, recompute):
-        how = {"updates": 2, "micro_batch": 3, "recompute": recompute}
-        settings = resolve({"algorithm": "flow-grpo", "loss": {"kind": loss, "kl": 0.0}, "optimizer": how})
+    def updated(off, recompute, first=0):
+        """Two updates of four rows; those from place `first` on in the first update's order are off."""
+        how = {"updates": 2, "micro_batch": 2, "recompute": recompute}
+        changes = {"loss": {"kind": loss, "kl": 0.0}, "optimizer": how, "sampler": {"guidance": 2.0}}
+        settings = resolve({"algorithm": "flow-grpo"}, changes)
         model = models.load(settings.model)
         with torch.no_grad():
             for i, parameter in enumerate(model.trainable.values()):
                 parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
             sigma = model.sigmas(10)[full.step].to(full.x)
-            exact = model.predict(full.x, sigma, conditions, full.prompt, 1.0)
-        drawn = replace(full, x_next=full.x - 0.1 * exact, velocity=exact + off)
+            exact = model.predict(full.x, sigma, conditions, full.prompt, 2.0)
+        spoiled = torch.zeros(12, dtype=torch.bool)
+        taught = (full.advantage != 0).nonzero().flatten()
+        dealt = deal(torch.arange(8), 2, 2, [train.SHUFFLE, 0, 0])
+        spoiled[taught[torch.cat([*dealt[0][first:], *dealt[1]])]] = True
+        drawn = replace(full, x_next=full.x - 0.1 * exact, velocity=exact + off * spoiled.reshape(-1, 1, 1, 1))
         model.forwards = 0
-        optimizer = torch.optim.SGD(model.trainable.values(), lr=0.01)
+        optimizer = torch.optim.SGD(model.trainable.values(), lr=1.0)
         learned = update(settings, model, optimizer, drawn, conditions, 0, Quiet())
-        return torch.cat([p.detach().flatten() for p in model.trainable.values()]), learned, model.forwards
+        return torch.cat([p.detach().flatten() for p in model.trainable.values()]), learned, model.forwards // 2
 
     exact, learned, evaluated = updated(torch.zeros_like(errors), None)
     assert learned["recomputed"] == 0 and evaluated == 8 * 3  # eight rows with an advantage
     assert learned["ratio/first_error"] < 1e-6
-    mended, learned, evaluated = updated(errors, None)
-    assert learned["recomputed"] == 4 and evaluated == 8 * 3 + 3 + 4  # the first batch twice, and the second update's
-    assert learned["ratio/first_error"] > 1e-5
-    torch.testing.assert_close(mended, exact, atol=1e-7, rtol=0)
+    assert abs(learned["ratio/mean"] - 1) > 1e-6  # of the second update, which ratios to the rollouts' policy shape
+    assert updated(1e-4 * errors, None)[1]["recomputed"] == 0
+    for first in (0, 1):  # in the first batch or in a later one
+        mended, learned, evaluated = updated(errors, None, first)
+        assert learned["recomputed"] == 4 and evaluated == 8 * 3 + 2 + 4  # one batch twice, and the second update's
+        assert learned["ratio/first_error"] > 1e-5
+        torch.testing.assert_close(mended, exact, atol=1e-6, rtol=1e-4)
     left, learned, _ = updated(errors, False)
     assert learned["recomputed"] == 0
-    assert (left - exact).abs().max() > 1e-6
+    assert (left - exact).abs().max() > 1e-5
     asked, learned, evaluated = updated(errors, True)
     assert learned["recomputed"] == 4 and evaluated == 8 * 3 + 4
-    assert torch.equal(asked, mended)
+    torch.testing.assert_close(asked, exact, atol=1e-6, rtol=1e-4)
+
+
+def test_ratios_to_another_policy_are_left_as_they_are():
+    """Under `optimizer.behaviour` the policy that drew is not the one that is trained, so they do not begin at 1."""
+    other = {"optimizer": {"behaviour": 0.5}}
+    assert ratio_tolerance(resolve({"algorithm": "awm"}, other)) == float("inf")
+    assert ratio_tolerance(resolve({"algorithm": "awm"})) == pytest.approx(0.01)
+    assert ratio_tolerance(resolve({"algorithm": "flow-grpo", "loss": {"clip_low": 2e-5}})) == pytest.approx(2e-6)
+    assert ratio_tolerance(resolve({"algorithm": "ram"})) == float("inf")
+    with pytest.raises(
+        ValueError, match=r"optimizer\.recompute: under optimizer\.behaviour rollouts are drawn by another"
+    ):
+        resolve({"algorithm": "awm"}, other, {"optimizer": {"recompute": True}})

@@ -77,6 +77,8 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
     if torch.cuda.is_available() and (outline := memory.sizes(config.model)):
         memory.refuse_too_small(memory.estimate(config, outline), config)
     model = load(config.model, config.seed)
+    about = environment(config, model)
+    model.sigmas(config.sampler.steps, config.sampler.shift)
     if needs_probe(config):  # what it cannot read of this model is said before anything is written
         entropy_curves(model, prompts[:1], model.encode([prompts[0].text]), config)
         model.forwards = 0
@@ -87,7 +89,7 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
         checkpoint.verify(start, model.trainable)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-    (folder / "env.json").write_text(json.dumps(environment(config, model), indent=1), encoding="utf-8")
+    (folder / "env.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
     console = Console()
     if start is not None:
@@ -134,7 +136,7 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
         weights = network.from_pretrained(run, subfolder=family.part, dtype=compute_dtype(config.model))
         pipe.register_modules(**{family.part: weights})
     if torch.cuda.is_available():
-        pipe.to("cuda")
+        pipe.enable_model_cpu_offload()  # each part is on the GPU for its turn
     drawn = pipe(
         prompt=prompt,
         num_inference_steps=eval_steps(config),
@@ -177,6 +179,7 @@ def evaluate(
     newest = _checkpoints(run)[-1]
     judge = _reward(config, {named(config.prompts.eval, "eval", option): held_out})
     model = load(config.model, config.seed)
+    model.prepare([prompt.text for prompt in held_out])
     checkpoint.load_weights(newest, model.trainable)
     return evaluate_policy(config, model, held_out, judge)
 
@@ -208,6 +211,7 @@ def evaluate_by_all(
     newest = _checkpoints(run)[-1]
     tried = {name: _reward(replace(config, reward=name), {where: held_out}) for name in judges}
     model = load(config.model, config.seed)
+    model.prepare([prompt.text for prompt in held_out])
     checkpoint.load_weights(newest, model.trainable)
     out = out or run / "eval"
     out.mkdir(parents=True, exist_ok=True)
@@ -273,6 +277,7 @@ def analyze(
     judge = _reward(config, {named(config.prompts.eval, "eval", option): asked})
     found = _checkpoints(run) if trained else []
     policy = load(config.model, config.seed)
+    policy.prepare([prompt.text for prompt in asked])
     for folder in found:
         checkpoint.verify(folder, policy.trainable)
     read_entropy(with_noise(config), policy, asked[:1], moved=False)  # what cannot be read is said before the long part

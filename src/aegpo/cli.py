@@ -421,6 +421,7 @@ def _memory(parts: dict[str, int], outline: Any) -> list[tuple[str, str, int]]:
         "weights": size,
         "trained": "an adapter or all weights, in float32",
         "optimizer": "their gradients, moments and averages",
+        "reward": "its network, where it is one that we know",
         "activations": "a micro-batch of training, and one block on the way back",
         "latents": "explored steps, trunks and rollouts",
         "decoding": "latents into pixels, or the forward of a batch of rollouts",

@@ -287,8 +287,8 @@ class Optimizer:
     all rows of the step at once. Under `ode` it saves an evaluation a row where the loss looks at the old policy's."""
     recompute: Switch | None = None
     """Take ratios to what the policy predicted in the batches in which it is trained, not in those that drew rollouts,
-    so that they begin at exactly 1; null: where a step's first batch shows that they would be off by more than a tenth
-    of the clip. It costs nothing in the first update of a step, and a forward a row in the others."""
+    so that they begin at exactly 1; null: as soon as a batch of a step's first update shows that they would be off by
+    more than a tenth of the clip. It costs nothing in that update, and a forward a row in the others."""
     micro_batch: Count = 48
     """Rows (and rollouts) in one forward; `loss.kind: dgpo` keeps a prompt's whole group at a noise level together,
     even where that is more."""
@@ -390,9 +390,15 @@ def needs_velocity(config: Config) -> bool:
     return config.loss.kind in ("clip", "guard", "dppo", "nft")
 
 
-def needs_ratio(config: Config) -> bool:
-    """Whether the loss is of a ratio to the policy that drew the rollouts."""
-    return config.loss.kind in ("clip", *NOISY_LOSSES)
+def ratio_tolerance(config: Config) -> float:
+    """How far the ratios of a step's first update may be off 1 before they are taken anew: 0 always, infinity never.
+
+    They have to be 1 where the policy that is trained is the one that drew the rollouts; under kept graphs they are.
+    """
+    how = config.optimizer
+    if config.loss.kind not in ("clip", *NOISY_LOSSES) or how.keep_graphs or how.behaviour or how.recompute is False:
+        return math.inf
+    return 0.0 if how.recompute else min(config.loss.clip_low, config.loss.clip_high) / 10
 
 
 def needs_spread(config: Config) -> bool:
@@ -516,6 +522,11 @@ def _check_budget(config: Config) -> None:
         raise ValueError(
             "optimizer.keep_graphs: the graphs are of the weights that draw the rollouts, so they serve one update of "
             "those; set optimizer.updates 1 and optimizer.behaviour 0"
+        )
+    if config.optimizer.recompute and config.optimizer.behaviour:
+        raise ValueError(
+            "optimizer.recompute: under optimizer.behaviour rollouts are drawn by another policy than is trained, so "
+            "their ratios do not begin at 1; leave it null"
         )
     if config.optimizer.keep_graphs and config.advantage.best_of:
         raise ValueError(

@@ -113,10 +113,14 @@ def _public(file: Path) -> Path | bytes:
 
 
 def _without_folders(value: Any) -> Any:
-    """Settings in which an absolute path is but its last part: the folders above it are nobody's business."""
+    """Settings in which a path that leads elsewhere is but its last part: the folders above are nobody's business."""
     if isinstance(value, dict):
         return {key: _without_folders(inner) for key, inner in value.items()}
-    return PurePath(value).name if isinstance(value, str) and PurePath(value).is_absolute() else value
+    if not isinstance(value, str):
+        return value
+    name, equals, path = value.rpartition("=")  # as in pickscore=/models/pickscore
+    leads_away = PurePath(path).is_absolute() or ".." in PurePath(path).parts
+    return f"{name}{equals}{PurePath(path).name}" if leads_away else value
 
 
 def _said(error: Exception) -> str:

@@ -98,7 +98,8 @@ def collect(
         keeps = torch.zeros_like(walks)
         if config.optimizer.keep_graphs and sampler.kind != "ode":
             keeps[courses.node[to_train, at]] = True
-        computed = walks & ((leaves < at) | keeps) & (courses.node[:, at] == everyone)
+        on_its_own = (leaves < at) | keeps | ((leaves == at) & model.is_compiled)  # a probe runs no compiled code
+        computed = walks & on_its_own & (courses.node[:, at] == everyone)
         velocity, graph = torch.zeros_like(x), torch.full_like(prompt, -1)
         if trunk is not None:
             velocity[leaves == at] = trunk.velocities[prompt[leaves == at], at]

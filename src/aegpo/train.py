@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from aegpo import checkpoint, logbook
 from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan, remember
-from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_ratio, needs_spread
+from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_spread, ratio_tolerance
 from aegpo.data import ahead, draw
 from aegpo.evaluation import evaluate
 from aegpo.math.advantages import best_of, node_returns, tree_advantages
@@ -211,8 +211,8 @@ def update(
     totals: dict[str, Tensor] = {}
     grad_norms, first_error = [], torch.zeros((), device=rows.x.device)
     dealt = deal(rows.unit, config.optimizer.updates, config.optimizer.micro_batch, key)
-    again = bool(config.optimizer.recompute) and needs_ratio(config) and not kept
-    recomputed = 0
+    tolerance = ratio_tolerance(config)
+    again, recomputed = tolerance == 0, 0
     for number, micros in enumerate(dealt):
         if not micros:
             continue
@@ -224,11 +224,7 @@ def update(
             loss = objective(config, model, part, conditions, known, on_policy=again and number == 0)
             if number == 0 and not again and "ratio/mean" in loss.metrics:
                 first_error = torch.maximum(first_error, (loss.metrics["ratio/mean"] - 1).abs().max())
-                if (
-                    micro is micros[0]
-                    and config.optimizer.recompute is None
-                    and first_error > config.loss.clip_high / 10
-                ):
+                if first_error > tolerance:
                     again = True
                     loss = objective(config, model, part, conditions, on_policy=True)
             value = loss.rows.sum() / share

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,14 @@ from PIL import Image
 
 from aegpo import build, checkpoint, models, rewards
 from aegpo.config import Model, Sampler, resolve
+from aegpo.math.schedules import shifted_linear
 from aegpo.models.base import height_and_width
 from aegpo.models.flux import Flux
 from aegpo.models.probe import AttentionProbe, _attention_layers
+from aegpo.objective import objective, predict_again
 from aegpo.report import read_metrics
-from aegpo.rollout import _first_latents, denoise
+from aegpo.rollout import _first_latents, collect, denoise, draw
+from aegpo.types import Plan, Prompt
 from tests.models.pipelines import PIPELINES
 from tests.models.pipelines import build as build_pipeline
 
@@ -89,6 +93,13 @@ def test_noiseless_sampling_is_the_pipelines_own_call(name, guidance, folders):
     theirs = torch.from_numpy(called(plain(folders[name], name), name, noise, guidance)).movedim(-1, 1)
     assert theirs.std() > 0.02
     assert (pixels.clamp(0, 1) - theirs).abs().max() < 1e-4
+    said = plain(folders[name], name)  # as `aegpo sample` and the model card call it
+    given = noise.transpose(1, 2).unflatten(2, (4, 4)) if name == "flux2-klein" else noise
+    many = {"negative_prompt": [""] * 2} if "negative_prompt" in model.family.call(guidance) else {}
+    how = {"num_inference_steps": 4, "output_type": "np"} | model.family.call(guidance) | many
+    drawn = said(prompt=PROMPTS, latents=given, **how)
+    again = torch.from_numpy(drawn["frames"] if "frames" in drawn else drawn["images"]).movedim(-1, 1)
+    assert (again - theirs).abs().max() < 1e-6
     if guidance > 1:
         with torch.no_grad():
             other = model.family.decode(ours(model, noise, 1.0)) / 2 + 0.5
@@ -310,3 +321,59 @@ def test_a_video_is_judged_kept_and_read_back(folders, task, tmp_path):
     assert again.tolist() == pytest.approx(np.concatenate(said["run"]["scores"]).tolist(), rel=1e-6)
     with Image.open(tmp_path / "run" / "samples" / "step-000002.png") as grid:
         assert grid.width > 3 * 16
+
+
+def test_a_klein_that_was_distilled_takes_no_guidance(tmp_path, folders):
+    pipe = DiffusionPipeline.from_pretrained(folders["flux2-klein"])
+    pipe.register_to_config(is_distilled=True)
+    pipe.save_pretrained(tmp_path)
+    model = models.load(Model(path=str(tmp_path), resolution=16, dtype="float32"))
+    assert not model.doubles(4.0)
+    with pytest.raises(ValueError, match=r"sampler\.guidance: this FLUX\.2 klein does without by distillation"):
+        model.family.call(4.0)
+    noise = noise_like(model, 2)
+    with torch.no_grad():
+        pixels = (model.family.decode(ours(model, noise, 1.0)) / 2 + 0.5).clamp(0, 1)
+    theirs = torch.from_numpy(called(plain(str(tmp_path), "flux2-klein"), "flux2-klein", noise, 4.0)).movedim(-1, 1)
+    assert (pixels - theirs).abs().max() < 1e-4
+
+
+def test_rollouts_and_training_go_by_a_shift_as_by_a_scheduler_of_that_schedule(folders):
+    """Everything is as if the pipeline's own schedule were the shifted one; but evaluations keep to its own."""
+    prompts = [Prompt(i, text, {}) for i, text in enumerate(PROMPTS)]
+    plan = Plan(
+        torch.tensor([2, 3]), torch.tensor([[True, True, True, False]] * 2), torch.ones(2, 4, dtype=torch.float64)
+    )
+
+    def found(model, shift):
+        changes = {"sampler": {"steps": 4, "shift": shift, "guidance": 2.0}, "loss": {"kl": 0.3}}
+        config = resolve({"algorithm": "flow-grpo"}, changes)
+        conditions = model.encode(PROMPTS)
+        drawn = collect(model, prompts, conditions, plan, config, 0)
+        rows = replace(drawn.transitions, advantage=torch.linspace(-1, 1, len(drawn.transitions)))
+        loss = objective(config, model, rows, conditions)
+        rows.velocity.zero_()
+        predict_again(config, model, rows, conditions, [torch.arange(len(rows))])
+        x = noise_like(model, 2)
+        walked = denoise(model, x, conditions, torch.arange(2), config.sampler).latents[:, -1]
+        return drawn.transitions.x_next, loss.rows.detach(), rows.velocity, walked, draw(model, prompts, config)
+
+    model = models.load(settings(folders, "sd3"))
+    with torch.no_grad():
+        for i, parameter in enumerate(model.trainable.values()):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
+    shifted, plain_ones = found(model, 2.0), found(model, None)
+    own = model.family.sigmas
+    model.family.sigmas = lambda steps: shifted_linear(steps, 2.0)
+    model._sigmas.clear()
+    for one, other, unlike in zip(shifted[:4], found(model, None)[:4], plain_ones[:4], strict=True):
+        assert torch.equal(one, other) and not torch.equal(one, unlike)
+    model.family.sigmas = own
+    assert (shifted[4] == plain_ones[4]).all()
+
+
+def test_a_shift_is_refused_where_no_latent_is_pure_noise(folders):
+    with pytest.raises(
+        ValueError, match=r"sampler\.shift: a shifted grid begins with pure noise, but this model knows"
+    ):
+        models.load(settings(folders, "sd15")).sigmas(4, 3.0)

@@ -162,12 +162,18 @@ def test_the_base_stands_beside_weights_that_are_all_trained(estimated, folders)
     assert estimated("sd15", {"dtype": "auto"})["weights"] == 2 * network + 2 * vae  # as on a GPU
 
 
+def test_the_rewards_network_stands_beside(estimated):
+    assert estimated("sd15")["reward"] == 0
+    for name in ("pickscore", "pickscore=somewhere"):
+        assert estimated("sd15", reward=name)["reward"] == 4 * 986e6  # of CLIP ViT-H/14
+
+
 def test_guidance_as_an_input_costs_no_second_evaluation(estimated):
     assert estimated("flux") == estimated("flux", sampler={"guidance": 3.5})
 
 
 def test_the_total_is_that_of_the_phase_that_takes_most():
-    parts = {"weights": 5, "trained": 1, "optimizer": 3, "activations": 4, "latents": 2, "decoding": 3}
+    parts = {"weights": 4, "reward": 1, "trained": 1, "optimizer": 3, "activations": 4, "latents": 2, "decoding": 3}
     assert memory.total(parts | {"text encoders": 10}) == ("encoding", 16)
     assert memory.total(parts | {"text encoders": 8}) == ("training", 15)
     assert memory.total(parts | {"text encoders": 8, "decoding": 9}) == ("rollouts", 20)
@@ -194,7 +200,7 @@ def test_a_pipeline_that_cannot_be_read_has_no_outline(tmp_path):
     assert memory.sizes(Model(path=str(tmp_path))) is None
 
 
-PARTS = {"weights": 4, "trained": 1, "optimizer": 0}
+PARTS = {"weights": 4, "trained": 1, "optimizer": 0, "reward": 0}
 PARTS |= {"activations": 30, "latents": 1, "decoding": 3, "text encoders": 9}
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 
 import bitsandbytes
 import pytest
@@ -15,6 +16,8 @@ from aegpo.models import base
 from aegpo.models.lora import BesideProduct
 from aegpo.models.probe import AttentionProbe
 from aegpo.optimizer import make_optimizer
+from aegpo.rollout import collect, walk_trunk
+from aegpo.types import Plan, Prompt
 from tests.models.pipelines import PIPELINES
 from tests.models.pipelines import build as build_pipeline
 
@@ -73,7 +76,7 @@ def test_gradients_are_the_same_with_checkpoints_and_the_probe_reads_no_layer_tw
 
 
 @compiling
-@pytest.mark.parametrize("name", ["sd3", "flux", "sd15", "wan"])
+@pytest.mark.parametrize("name", ["flux", "wan"])
 def test_compiled_blocks_compute_the_same_in_a_few_graphs_with_the_adapter_and_without(name, folders, monkeypatch):
     """The blocks go through the compiler's front and autograd's, and are then run as they are: no code is generated."""
     monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
@@ -114,7 +117,7 @@ def test_the_same_code_draws_and_trains_where_it_is_compiled(folders, monkeypatc
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["world", "sd3", "flux", "sdxl"])
+@pytest.mark.parametrize("name", ["world", *PIPELINES])
 def test_a_base_in_4_bits_is_the_base_with_its_weights_rounded_to_them(name, folders):
     plain, few = (loaded(folders, name, quantize=quantize) for quantize in ("none", "nf4"))
     assert list(few.trainable) == list(plain.trainable)
@@ -129,6 +132,10 @@ def test_a_base_in_4_bits_is_the_base_with_its_weights_rounded_to_them(name, fol
             own.weight.data.copy_(weight)
             changed += 1
     assert changed > 10
+    names = [n for n, m in few.network.named_modules() if isinstance(m, bitsandbytes.nn.Linear4bit)]
+    assert all(
+        "blocks." in one or "_block." in one for one in names
+    )  # what embeds, and what comes out, is left as it is
     assert (predicted(plain)[0] - before[0]).abs().max() > 1e-2
     assert_same(predicted(few), predicted(plain), tolerance=1e-3)
 
@@ -141,7 +148,7 @@ def test_a_base_in_8_bits_is_near_the_base_and_its_adapter_is_trained(name, fold
     ours, theirs = predicted(few), predicted(plain)
     assert 0 < (ours[0] - theirs[0]).norm() < 0.06 * theirs[0].norm()
     together = [torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (ours[1], theirs[1])]
-    assert nn.functional.cosine_similarity(*together, dim=0) > 0.99
+    assert nn.functional.cosine_similarity(*together, dim=0) > 0.97
 
 
 def test_what_cannot_be_quantized_is_said(folders, monkeypatch):
@@ -226,3 +233,27 @@ def test_blocks_are_compiled_once_each_and_none_within_another(folders):
         compiled = [n for n, module in network.named_modules() if module._compiled_call_impl is not None]
         assert compiled
         assert not any(one != other and one.startswith(f"{other}.") for one in compiled for other in compiled)
+
+
+@compiling
+def test_rollouts_that_leave_a_trunk_are_computed_by_the_code_that_trains(folders, monkeypatch):
+    """A probe runs no compiled code, so where rollouts leave the trunk, its velocities are not taken for theirs."""
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
+    torch._dynamo.reset()
+    prompts = [Prompt(i, text, {}) for i, text in enumerate(PROMPTS)]
+    plan = Plan(torch.tensor([2, 2]), torch.tensor([[False, True, False]] * 2), torch.ones(2, 3, dtype=torch.float64))
+    config = resolve(
+        {"algorithm": "aegpo-paper", "sampler": {"steps": 3, "shared_noise": True}, "exploration": {"k": 1}}
+    )
+    evaluations = []
+    for wanted in (False, True):
+        model = loaded(folders, "sd3", compile=wanted)
+        conditions = model.encode(PROMPTS)
+        trunk = walk_trunk(model, prompts, conditions, torch.tensor([3, 3]), config, 0)
+        off = replace(trunk, velocities=trunk.velocities + 7)
+        model.forwards = 0
+        rows = [collect(model, prompts, conditions, plan, config, 0, one).transitions for one in (trunk, off)]
+        evaluations.append(model.forwards // 2)
+        assert torch.equal(rows[0].velocity, rows[1].velocity) == wanted
+    assert evaluations == [4, 8]  # after they leave, and then where they do, too
+    torch._dynamo.reset()

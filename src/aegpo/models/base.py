@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from aegpo.config import Model
 from aegpo.math import schedules
 from aegpo.models import lora, quantized
+from aegpo.models.blocks import repeated
 from aegpo.types import Conditions
 
 PIXELS = 2**22  # decoded at once, or one image
@@ -31,7 +32,7 @@ class Family(Protocol):
         part: the component of the pipeline that is trained, `transformer` or `unet`.
         targets: the linear layers that a low-rank adapter is put on unless settings say otherwise, by the end of their
             names.
-        is_distilled: whether the network takes guidance as an input, which costs no second evaluation.
+        is_distilled: whether the network takes guidance as an input, or none at all: no second evaluation makes it.
         latent_shape: of one image, such as (channels, height, width); for a video, with frames.
         text_shapes: what `encode` gives of the longest prompt, by name, masks left out: its shapes.
         scheduler: what the pipeline's own scheduler had to be replaced by for its call to draw as we do, as a line of
@@ -85,7 +86,7 @@ class Denoiser:
         trainable: the parameters that are trained, by name; float32.
         forwards: network evaluations x samples so far, a backward counted as two.
         device: where latents belong.
-        is_half: whether the network computes in half precision.
+        is_compiled: whether its code is, but for what runs within a probe: the two round otherwise.
 
     Args:
         pipe: a diffusers pipeline, which this takes over.
@@ -100,7 +101,6 @@ class Denoiser:
         self.family = family
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.forwards = 0
-        self.is_half = dtype == torch.bfloat16
         self._policy: Any = getattr(pipe, family.part).eval()
         self._base: Any = None
         self._known: dict[str, dict[str, Tensor]] = {}
@@ -125,11 +125,11 @@ class Denoiser:
         }
         self._dtype = dtype if self.is_lora else torch.float32
         self._autocasts = dtype != self._dtype
-        self._compiled = settings.compile
+        self.is_compiled = settings.compile
         if settings.gradient_checkpointing:
             self._policy.enable_gradient_checkpointing()
         for network in (self._policy, self._base):
-            if self._compiled and network is not None:
+            if self.is_compiled and network is not None:
                 compile_blocks(network)
         self._acting = self._policy
 
@@ -173,10 +173,19 @@ class Denoiser:
     # ---------------------------------------------------------------- predicting
 
     def sigmas(self, steps: int, shift: float | None = None) -> Tensor:
-        """A noise schedule, float64 (steps + 1,), falling to 0: the pipeline's own, or that of a shift."""
+        """A noise schedule, float64 (steps + 1,), falling to 0: the pipeline's own, or that of a shift.
+
+        Raises:
+            ValueError: a shift, for a model that does not begin with pure noise.
+        """
         if (steps, shift) not in self._sigmas:
-            own = shift is None
-            self._sigmas[steps, shift] = self.family.sigmas(steps) if own else schedules.shifted_linear(steps, shift)
+            own = self.family.sigmas(steps)
+            if shift is not None and own[0] < 1:
+                raise ValueError(
+                    f"sampler.shift: a shifted grid begins with pure noise, but this model knows no more than "
+                    f"{own[0]:.3f} of it; leave it null"
+                )
+            self._sigmas[steps, shift] = own if shift is None else schedules.shifted_linear(steps, shift)
         return self._sigmas[steps, shift]
 
     def doubles(self, guidance: float) -> bool:
@@ -210,7 +219,7 @@ class Denoiser:
         self.forwards += len(x)
         wanted = torch.is_grad_enabled()
         with (
-            torch.set_grad_enabled(wanted or self._compiled),
+            torch.set_grad_enabled(wanted or self.is_compiled),
             torch.autocast(x.device.type, torch.bfloat16, enabled=self._autocasts),
         ):
             velocity = self.family.velocity(self._acting, x, sigma, given, guidance).float()
@@ -263,13 +272,9 @@ class Denoiser:
 
 def compile_blocks(network: Any) -> None:
     """Compile the blocks that a network repeats, each kind once, for batches of any size."""
-    names = network._repeated_blocks or network._no_split_modules
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    within = ""
-    for name, module in network.named_modules():
-        if type(module).__name__ in names and not (within and name.startswith(f"{within}.")):
-            within = name
-            module.compile()
+    for block in repeated(network).values():
+        block.compile()
 
 
 @contextmanager

@@ -18,13 +18,13 @@ class Flux2Klein:
         + [f"attn.{name}" for name in ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")]
         + ["attn.to_qkv_mlp_proj", "attn.to_out"]
     )
-    is_distilled = False
     guided = staticmethod(classifier_free)
 
     def __init__(self, pipe: Any, settings: Model) -> None:
         self.pipe = pipe
         self.scheduler = flow_scheduler(pipe)
         self.text_tokens = text_length(settings, 512)
+        self.is_distilled = pipe.config.is_distilled
         side, token = pipe.default_sample_size * pipe.vae_scale_factor, 2 * pipe.vae_scale_factor
         self.size = height_and_width(settings, (side, side), token)
         self.grid = (self.size[0] // token, self.size[1] // token)
@@ -68,7 +68,15 @@ class Flux2Klein:
         return vae.decode(self.pipe._unpatchify_latents(x).to(vae.dtype), return_dict=False)[0]
 
     def call(self, guidance: float) -> dict[str, Any]:
-        """Guidance, size, and the length of the prompt."""
+        """Guidance, size, and the length of the prompt.
+
+        Raises:
+            ValueError: guidance, for one that was distilled to do without.
+        """
+        if self.is_distilled and guidance != 1:
+            raise ValueError(
+                f"sampler.guidance: this FLUX.2 klein does without by distillation, and would ignore {guidance}; set 1"
+            )
         height, width = self.size
         return {
             "guidance_scale": guidance,

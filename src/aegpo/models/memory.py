@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from aegpo.config import Config, Model, explored_steps, largest_batch
 from aegpo.models import UNUSED, _family, _index, family_name, lora
 from aegpo.models.base import PIXELS, Family
-from aegpo.models.quantized import KEPT
+from aegpo.models.blocks import repeated
 
 GIB = 2**30
 QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 1 / 64 + 4 / 64 / 256}  # bytes a weight; of nf4 with its two layers of scales
@@ -31,10 +31,11 @@ GPUS = (8, 12, 16, 24, 40, 48, 80, 141)  # GB
 FREE = 0.06  # the share of a GPU that is better left to the driver, and to gaps between tensors
 
 PHASES = {  # the parts that are on the GPU at once
-    "encoding": ("weights", "trained", "text encoders"),
-    "rollouts": ("weights", "trained", "optimizer", "latents", "decoding"),
-    "training": ("weights", "trained", "optimizer", "latents", "activations"),
+    "encoding": ("weights", "trained", "reward", "text encoders"),
+    "rollouts": ("weights", "trained", "reward", "optimizer", "latents", "decoding"),
+    "training": ("weights", "trained", "reward", "optimizer", "latents", "activations"),
 }
+JUDGES = {"clipscore": 428e6, "pickscore": 986e6, "hpsv21": 986e6, "imagereward": 447e6}  # weights, in float32
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,8 @@ def estimate(config: Config, outline: Outline) -> dict[str, int]:
         "optimizer": trained * (4 + moments + 4 * copies),  # the gradients, Adam's moments, averages
         "activations": at_once * row + forwards * fixed + batch * block,
         "latents": 4 * math.prod(shape) * latents,
-        "decoding": max(decoding(outline, drawn), drawn * block),
+        "decoding": max(decoding(outline, drawn), drawn * (row if settings.compile else block)),
+        "reward": int(4 * JUDGES.get(config.reward.partition("=")[0], 0)),
         "text encoders": outline.dtype.itemsize * sum(count(encoder) for encoder in outline.encoders),
     }
 
@@ -189,6 +191,7 @@ def _smaller(part: str, config: Config) -> list[str]:
     half = (model.dtype == "float32", "model.dtype bfloat16")
     size = (True, "a smaller model.resolution")
     known = {
+        "reward": ((config.reward.partition("=")[0] in JUDGES, "another reward"),),
         "weights": (adapter, half, few),
         "trained": (adapter, rank),
         "optimizer": (adapter, (how.kind == "adamw", "optimizer.kind adamw_8bit"), rank),
@@ -212,8 +215,8 @@ def _frozen(outline: Outline, settings: Model) -> int:
         return size * count(vae) + 4 * (count(network) + 2 * tables)
     few = 0
     if settings.quantize != "none":
-        linear = (name for name, module in network.named_modules() if isinstance(module, nn.Linear))
-        few = sum(network.get_submodule(name).weight.numel() for name in linear if not name.startswith(KEPT))
+        within = (module for block in repeated(network).values() for module in block.modules())
+        few = sum(module.weight.numel() for module in within if isinstance(module, nn.Linear))
     return size * (count(vae) + count(network) + tables - few) + int(QUANTIZED.get(settings.quantize, 0) * few)
 
 

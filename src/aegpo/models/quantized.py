@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-KEPT = ("proj_out", "x_embedder", "context_embedder", "norm_out", "time_text_embed", "time_embed", "pos_embed")
+from aegpo.models.blocks import repeated
 
 
 def quantize(network: nn.Module, how: Literal["none", "int8", "nf4"], dtype: torch.dtype) -> None:
@@ -35,9 +35,10 @@ def quantize(network: nn.Module, how: Literal["none", "int8", "nf4"], dtype: tor
         new.bias = layer.bias
         return new
 
-    for name, module in list(network.named_modules()):
-        if isinstance(module, nn.Linear) and not name.startswith(KEPT):
-            parent, _, leaf = name.rpartition(".")
-            setattr(network.get_submodule(parent), leaf, replaced(module))
+    for block in repeated(network).values():
+        for name, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent, _, leaf = name.rpartition(".")
+                setattr(block.get_submodule(parent), leaf, replaced(module))
     network.is_loaded_in_4bit = how == "nf4"  # type: ignore[assignment]  # by which peft chooses its own layers
     network.is_loaded_in_8bit = how == "int8"  # type: ignore[assignment]
