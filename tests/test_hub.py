@@ -17,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from aegpo.hub import _without_folders
 from tests.report.test_report import CONFIG, make_run
 
 TOKEN = "hf_notARealTokenButASecretOne"
@@ -236,3 +237,18 @@ def test_a_training_of_all_weights_ends_in_a_push(hub: Hub, aegpo: Any, tmp_path
         own, pushed = (json.loads(content) for content in ((run / name).read_bytes(), hub.files[name]))
         assert own.pop("_name_or_path").startswith("/") and not pushed.pop("_name_or_path").startswith("/")
         assert pushed == own
+
+
+def test_folders_above_a_path_are_nobodys_business():
+    settings = {
+        "model": {"path": "/home/joe/secret/sd3"},
+        "reward": "pickscore=/home/joe/secret/pick",
+        "prompts": {"train": "../joe/secret/data", "eval": "owner/data:test"},
+        "steps": 3,
+    }
+    assert _without_folders(settings) == {
+        "model": {"path": "sd3"},
+        "reward": "pickscore=pick",
+        "prompts": {"train": "data", "eval": "owner/data:test"},
+        "steps": 3,
+    }
