@@ -37,6 +37,7 @@ from aegpo.signals import entropy_curves
 from aegpo.train import train
 from aegpo.types import Prompt
 
+VIDEOS = (".gif", ".webp", ".png")  # that Pillow animates
 RUN_FILES = (
     *("config.yaml", "env.json", "metrics.jsonl", "metrics.partial", "report.html", "README.md", "samples"),
     *("analysis", "eval"),
@@ -125,6 +126,8 @@ def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
     if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
         raise ValueError(f"--out: {out} is not named as an image; give a name that ends in .png, for one")
     _check_words(config, [prompt], "--prompt")
+    if family_name(config.model) == "wan" and out.suffix.lower() not in VIDEOS:
+        raise ValueError(f"--out: {out} is a video's, which is written as {', '.join(VIDEOS)}")
     pipe, family = load_pipeline(config.model)
     if config.model.train == "lora":
         _lora_file(run)
@@ -163,6 +166,7 @@ def export(run: Path, out: Path) -> None:
     named = for_comfyui(weights, family_name(config.model), alpha)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_file(named, out, metadata={"format": "pt"})
+    out.chmod(0o644)  # safetensors writes for its user alone
 
 
 def evaluate(

@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; whatever its user got wrong is one line on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it remarks on torchvision, which nothing here uses
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # and on text encoders, for which an adapter has no weights
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # and on each time that it tries the Hub again
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # and on kernels that it would be faster with on a CPU
     # Read when torch is loaded: its threads then wait without holding a core that others want.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")

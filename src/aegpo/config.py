@@ -7,6 +7,7 @@ algorithm's own choices (`algorithms.ALGORITHMS`) lie just under the layer that 
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -631,7 +632,9 @@ def _check_exploration(config: Config) -> None:
 
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    name = ".".join(str(part) for part in first["loc"] if not re.search("[^a-z_0-9]", str(part)))
+    if name.startswith("model.resolution"):
+        return f"model.resolution: should be a whole number of pixels, or [height, width], got {first['input']!r}"
     if first["type"] == "tuple_type":
         return f"{name}: should be a list, such as [a, b], got {first['input']!r}"
     return f"{name}: {first['msg'][0].lower()}{first['msg'][1:]}, got {first['input']!r}"

@@ -41,6 +41,8 @@ def put(run: Path, write: Callable[[Path], None]) -> None:
         target = run / item.name
         if target.is_dir():
             shutil.rmtree(target)
+        if item.is_file():
+            item.chmod(0o644)  # safetensors writes for its user alone
         item.replace(target)
     aside.rmdir()
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -276,8 +277,10 @@ def test_the_first_latents_of_a_u_net_are_pure_noise(folders):
         ("flux", {"resolution": 15}, "model.resolution: 15 is not a multiple of 4 pixels; 16 is near it"),
         ("sd15", {"resolution": [16, 18]}, "model.resolution: 18 is not a multiple of 4 pixels"),
         ("wan", {"resolution": 16, "frames": 4}, "model.frames: 4 is not one more than a multiple of 2; 5 is near it"),
-        ("flux", {"family": "sd3"}, "is a FluxPipeline; known are StableDiffusion3Pipeline"),
+        ("flux", {"family": "sd3"}, "is of flux, not sd3; set that, or auto"),
         ("sd3", {"resolution": 4096}, "is above"),
+        ("flux", {"text_tokens": 9999}, "model.text_tokens: 9999 is above 512, the most that this pipeline takes"),
+        ("flux", {"frames": 5}, "draws images, not videos; leave it 0"),
         ("flux", {"lora": {"targets": ["to_z"]}}, "model.lora.targets: no linear layer is named 'to_z'"),
     ],
 )
@@ -319,6 +322,8 @@ def test_a_video_is_judged_kept_and_read_back(folders, task, tmp_path):
     assert np.stack(videos).shape == (4, 5, 16, 16, 3)
     again = rewards.load(config.reward)(np.stack(videos), PROMPTS * 2, [{}] * 4).score
     assert again.tolist() == pytest.approx(np.concatenate(said["run"]["scores"]).tolist(), rel=1e-6)
+    with pytest.raises(ValueError, match=r"x\.jpg is a video's, which is written as \.gif, \.webp, \.png"):
+        build.sample(tmp_path / "run", PROMPTS[0], tmp_path / "x.jpg")
     with Image.open(tmp_path / "run" / "samples" / "step-000002.png") as grid:
         assert grid.width > 3 * 16
 
@@ -377,3 +382,18 @@ def test_a_shift_is_refused_where_no_latent_is_pure_noise(folders):
         ValueError, match=r"sampler\.shift: a shifted grid begins with pure noise, but this model knows"
     ):
         models.load(settings(folders, "sd15")).sigmas(4, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda folder: shutil.rmtree(folder / "tokenizer"), "has no folder tokenizer, which its model_index.json"),
+        (lambda folder: (folder / "vae" / "config.json").write_text("{"), r"cannot be loaded \(\w+: .*"),
+        (lambda folder: (folder / "transformer" / "config.json").unlink(), r"cannot be loaded \(\w+: .*"),
+    ],
+)
+def test_a_pipeline_that_is_not_whole_is_said_in_a_line(spoil, said, tmp_path):
+    spoil(build_pipeline("flux", tmp_path / "flux") and tmp_path / "flux")
+    with pytest.raises(ValueError, match=rf"model\.path: .*flux {said}") as error:
+        models.load(Model(path=str(tmp_path / "flux"), resolution=16))
+    assert len(str(error.value).splitlines()) == 1

@@ -197,7 +197,9 @@ def test_the_peak_is_what_is_alive_at_once():
 
 def test_a_pipeline_that_cannot_be_read_has_no_outline(tmp_path):
     assert memory.sizes(Model(path="nobody/nothing")) is None
-    assert memory.sizes(Model(path=str(tmp_path))) is None
+    for path in (tmp_path, tmp_path / "nowhere"):  # but a folder is one that its user meant
+        with pytest.raises(ValueError, match=r"model\.path: "):
+            memory.sizes(Model(path=str(path)))
 
 
 PARTS = {"weights": 4, "trained": 1, "optimizer": 0, "reward": 0}

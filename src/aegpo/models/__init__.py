@@ -57,10 +57,18 @@ def load_pipeline(settings: Model) -> tuple[Any, Family]:
     if not sys.stderr.isatty():
         disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    left_out = [part for part in UNUSED if index.get(part, [None])[0] is not None]
-    pipe = DiffusionPipeline.from_pretrained(
-        path, use_safetensors=True, dtype=compute_dtype(settings), **dict.fromkeys([*absent(settings), *left_out])
-    )
+    if settings.frames and name != "wan":
+        raise ValueError(f"model.frames: {path} draws images, not videos; leave it 0")
+    for part, saved in index.items():
+        needed = isinstance(saved, list) and saved[0] is not None and part not in UNUSED
+        if needed and Path(path).is_dir() and not (Path(path) / part).is_dir():
+            raise ValueError(f"model.path: {path} has no folder {part}, which its model_index.json names")
+    left_out = dict.fromkeys([*absent(settings), *(part for part in UNUSED if index.get(part, [None])[0] is not None)])
+    try:
+        pipe = DiffusionPipeline.from_pretrained(path, use_safetensors=True, dtype=compute_dtype(settings), **left_out)
+    except Exception as error:  # whatever the libraries have against one of its many files
+        said = " ".join(str(error).split())
+        raise ValueError(f"model.path: {path} cannot be loaded ({type(error).__name__}: {said})") from error
     pipe.set_progress_bar_config(disable=True)
     return pipe, _family(name, pipe, settings)
 
@@ -86,8 +94,9 @@ def family_name(settings: Model) -> str:
     path, index = _index(settings)
     family = FAMILIES.get(index["_class_name"])
     if family is None or settings.family not in ("auto", family):
-        known = FAMILIES if settings.family == "auto" else [k for k, v in FAMILIES.items() if v == settings.family]
-        raise ValueError(f"model.family: {path} is a {index['_class_name']}; known are {', '.join(known)}")
+        if family is not None:
+            raise ValueError(f"model.family: {path} is of {family}, not {settings.family}; set that, or auto")
+        raise ValueError(f"model.family: {path} is a {index['_class_name']}; known are {', '.join(FAMILIES)}")
     return family
 
 
@@ -108,9 +117,12 @@ def _index(settings: Model) -> tuple[str, Any]:
     """Where the pipeline is, and its `model_index.json`."""
     path = str(world.path()) if settings.path == "world" else settings.path
     try:
-        return path, DiffusionPipeline.load_config(path)
+        index: Any = DiffusionPipeline.load_config(path)
     except (OSError, ValueError):
         if Path(path).exists():
             raise ValueError(f"model.path: {path} holds no diffusers pipeline (no readable model_index.json)") from None
         hint = did_you_mean(path, ["world"])
         raise ValueError(f"model.path: {path} is neither a folder nor a pipeline that the hub gives us{hint}") from None
+    if index["_class_name"] in FAMILIES and index.get("vae", ["there"])[0] is None:
+        raise ValueError(f"model.path: the model_index.json of {path} names no vae")
+    return path, index

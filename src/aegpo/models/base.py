@@ -332,9 +332,16 @@ def height_and_width(settings: Model, own: tuple[int, int], multiple: int) -> tu
     return size
 
 
-def text_length(settings: Model, own: int) -> int:
-    """Tokens of a prompt, where the pipeline leaves the choice: as the settings say, or the call's own default."""
-    return own if settings.text_tokens is None else settings.text_tokens
+def text_length(settings: Model, own: int, most: int) -> int:
+    """Tokens of a prompt, where the pipeline leaves the choice: as the settings say, or the call's own default.
+
+    Raises:
+        ValueError: more than the pipeline takes.
+    """
+    asked = own if settings.text_tokens is None else settings.text_tokens
+    if asked > most:
+        raise ValueError(f"model.text_tokens: {asked} is above {most}, the most that this pipeline takes")
+    return asked
 
 
 def flow_scheduler(pipe: Any) -> str:

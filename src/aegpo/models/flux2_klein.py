@@ -23,7 +23,7 @@ class Flux2Klein:
     def __init__(self, pipe: Any, settings: Model) -> None:
         self.pipe = pipe
         self.scheduler = flow_scheduler(pipe)
-        self.text_tokens = text_length(settings, 512)
+        self.text_tokens = text_length(settings, 512, 512)
         self.is_distilled = pipe.config.is_distilled
         side, token = pipe.default_sample_size * pipe.vae_scale_factor, 2 * pipe.vae_scale_factor
         self.size = height_and_width(settings, (side, side), token)

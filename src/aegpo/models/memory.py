@@ -9,6 +9,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -74,7 +75,9 @@ def sizes(settings: Model) -> Outline | None:
     try:
         path, index = _index(settings)
     except ValueError:
-        return None
+        if Path(settings.path).exists() or settings.path.startswith(("/", ".", "~")):
+            raise
+        return None  # of the hub, and out of reach
     name, kind = family_name(settings), getattr(diffusers, index["_class_name"])
     dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # a scheduler's tables stay real
@@ -86,7 +89,10 @@ def sizes(settings: Model) -> Outline | None:
                 given[part] = _part(path, part, *saved)
             elif part in index or wanted.default is inspect.Parameter.empty:
                 given[part] = saved
-    except OSError:
+    except (OSError, ValueError) as error:
+        if Path(path).is_dir():
+            said = " ".join(str(error).split())
+            raise ValueError(f"model.path: {path} cannot be read ({type(error).__name__}: {said})") from None
         return None
     nn.Module.to(given["vae"], dtype)  # diffusers' own remarks on what is better left in float32
     with mode:

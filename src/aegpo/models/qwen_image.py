@@ -33,7 +33,7 @@ class QwenImage:
     def __init__(self, pipe: Any, settings: Model) -> None:
         self.pipe = pipe
         self.scheduler = flow_scheduler(pipe)
-        self.text_tokens = text_length(settings, 512)
+        self.text_tokens = text_length(settings, 512, 1024)
         side, token = pipe.default_sample_size * pipe.vae_scale_factor, 2 * pipe.vae_scale_factor
         self.size = height_and_width(settings, (side, side), token)
         self.grid = (self.size[0] // token, self.size[1] // token)

@@ -30,7 +30,7 @@ class SD3:
     def __init__(self, pipe: Any, settings: Model) -> None:
         self.pipe = pipe
         self.scheduler = flow_scheduler(pipe)
-        self.text_tokens = text_length(settings, 0 if pipe.text_encoder_3 is None else 256)
+        self.text_tokens = text_length(settings, 0 if pipe.text_encoder_3 is None else 256, 512)
         config, scale = pipe.transformer.config, pipe.vae_scale_factor
         patch, side = scale * config.patch_size, config.sample_size * scale
         self.size = height_and_width(settings, (side, side), patch)

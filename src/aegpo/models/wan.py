@@ -24,7 +24,7 @@ class Wan:
             )
         self.pipe = pipe
         self.scheduler = flow_scheduler(pipe)
-        self.text_tokens = text_length(settings, 512)
+        self.text_tokens = text_length(settings, 512, 512)
         config, scale, every = pipe.transformer.config, pipe.vae_scale_factor_spatial, pipe.vae_scale_factor_temporal
         self.size = height_and_width(settings, (480, 832), scale * config.patch_size[1])
         self.frames = settings.frames or 81
