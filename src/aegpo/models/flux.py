@@ -83,4 +83,5 @@ class Flux:
         size = {"height": height, "width": width, "max_sequence_length": self.text_tokens}
         if self.is_distilled:
             return {"guidance_scale": guidance, **size}
-        return {"true_cfg_scale": guidance, "negative_prompt": "", **size}
+        unguided = {"negative_prompt": ""} if guidance != 1 else {}
+        return {"true_cfg_scale": guidance, **unguided, **size}

@@ -79,9 +79,10 @@ class QwenImage:
     def call(self, guidance: float) -> dict[str, Any]:
         """Guidance by a second evaluation, of an empty prompt."""
         height, width = self.size
+        unguided = {"negative_prompt": ""} if guidance != 1 else {}
         return {
             "true_cfg_scale": guidance,
-            "negative_prompt": "",
+            **unguided,
             "height": height,
             "width": width,
             "max_sequence_length": self.text_tokens,
