@@ -516,7 +516,9 @@ def test_the_dry_run_says_what_memory_a_run_takes_and_counts_guidance_as_an_inpu
     assert (
         said["memory: weights"].startswith("11,901,408,320 of the network") and "22.32 GiB" in said["memory: weights"]
     )
-    assert said["memory: total"].startswith("at most, during encoding: weights, trained, text encoders")  # 9.1 of these
+    assert said["memory: total"].startswith(
+        "at most, during encoding: weights, trained, reward, text encoders"
+    )  # 9.1 of these
     assert said["memory: fits GPUs of"] == "40 GB, 48 GB, 80 GB, 141 GB, 6% left free"
     assert said["sampling evaluations"].split()[-1] == "960" and "x 2" not in said["sampling evaluations"]
     unread = dry_run([*guided, "--model.path", "nobody/nothing"], capsys)
