@@ -332,6 +332,14 @@ def height_and_width(settings: Model, own: tuple[int, int], multiple: int) -> tu
     return size
 
 
+def packed(pipe: Any, settings: Model) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    """Where a token is 2 x 2 latents: the size in pixels, the tokens in height and width, the shape of the latents."""
+    side, token = pipe.default_sample_size * pipe.vae_scale_factor, 2 * pipe.vae_scale_factor
+    height, width = height_and_width(settings, (side, side), token)
+    grid = (height // token, width // token)
+    return (height, width), grid, (grid[0] * grid[1], pipe.transformer.config.in_channels)
+
+
 def text_length(settings: Model, own: int, most: int) -> int:
     """Tokens of a prompt, where the pipeline leaves the choice: as the settings say, or the call's own default.
 

@@ -12,7 +12,7 @@ from aegpo.models.base import (
     classifier_free,
     flow_scheduler,
     flow_sigmas,
-    height_and_width,
+    packed,
     text_length,
 )
 
@@ -33,10 +33,7 @@ class Flux:
         self.scheduler = flow_scheduler(pipe)
         self.text_tokens = text_length(settings, 512, 512)
         self.is_distilled = pipe.transformer.config.guidance_embeds
-        side, token = pipe.default_sample_size * pipe.vae_scale_factor, 2 * pipe.vae_scale_factor
-        self.size = height_and_width(settings, (side, side), token)
-        self.grid = (self.size[0] // token, self.size[1] // token)
-        self.latent_shape = (self.grid[0] * self.grid[1], pipe.transformer.config.in_channels)
+        self.size, self.grid, self.latent_shape = packed(pipe, settings)
         known = pipe.transformer.config
         self.text_shapes = {
             "embeds": (self.text_tokens, known.joint_attention_dim),

@@ -12,7 +12,7 @@ from aegpo.models.base import (
     classifier_free,
     flow_scheduler,
     flow_sigmas,
-    height_and_width,
+    packed,
     text_length,
 )
 
@@ -34,10 +34,7 @@ class QwenImage:
         self.pipe = pipe
         self.scheduler = flow_scheduler(pipe)
         self.text_tokens = text_length(settings, 512, 1024)
-        side, token = pipe.default_sample_size * pipe.vae_scale_factor, 2 * pipe.vae_scale_factor
-        self.size = height_and_width(settings, (side, side), token)
-        self.grid = (self.size[0] // token, self.size[1] // token)
-        self.latent_shape = (self.grid[0] * self.grid[1], pipe.transformer.config.in_channels)
+        self.size, self.grid, self.latent_shape = packed(pipe, settings)
         self.text_shapes = {"embeds": (self.text_tokens, pipe.transformer.config.joint_attention_dim)}
 
     def encode(self, prompt: str) -> dict[str, Tensor]:
