@@ -112,7 +112,7 @@ class Step:
                 trunk = None
         drawn = collect(self.model, self.batch, self.conditions, self.plan, self.config, 0, trunk)
         asked = [self.batch[i] for i in drawn.group.tolist()]
-        judged = self.reward(drawn.images, [p.text for p in asked], [p.metadata for p in asked])
+        judged = self.reward.judge(drawn.images, [p.text for p in asked], [p.metadata for p in asked])
         synchronize()
         drew = time.perf_counter()
         advantage, taught = credit(self.config, torch.from_numpy(judged.score), drawn.group, drawn.courses)

@@ -81,7 +81,7 @@ def measure(name: str, batches: int) -> dict[str, float]:
         )
         drawn = collect(model, batch, conditions, plan, config, step, trunk)
         asked = [batch[i] for i in drawn.group.tolist()]
-        judged = reward(drawn.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+        judged = reward.judge(drawn.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
         advantage, taught = credit(config, torch.from_numpy(judged.score), drawn.group, drawn.courses)
         rows = drawn.transitions.judged(advantage, taught)
         for parameter in model.trainable.values():  # a step without a difference in reward has none of its own

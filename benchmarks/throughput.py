@@ -82,7 +82,7 @@ class Step:
     def judge(self, images: np.ndarray) -> Tensor:
         """The rewards; some noise of their own lets every group differ."""
         texts, about = [p.text for p in self.asked], [p.metadata for p in self.asked]
-        scores = torch.from_numpy(self.reward(images, texts, about).score)
+        scores = torch.from_numpy(self.reward.judge(images, texts, about).score)
         return scores + 0.01 * torch.randn(len(scores), generator=torch.Generator().manual_seed(0))
 
     def reference(self) -> dict[str, Any]:

@@ -129,7 +129,7 @@ def test_a_kept_picture_has_the_score_that_is_written_for_it(folder):
         assert sorted(path.name for path in where.iterdir()) == names
         pictures = np.stack([np.asarray(Image.open(where / name)) for name in names])
         for name in ("world", f"{folder}/mine.py:bright"):
-            again = load(name)(pictures, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+            again = load(name).judge(pictures, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
             assert np.ravel(said(folder)["rewards"][name][policy]["scores"]).tolist() == again.score.tolist()
 
 
@@ -196,7 +196,7 @@ def test_scorers_from_folders_judge_the_kept_pictures(folder, tmp_path):
         paths = sorted((tmp_path / "out" / "images" / policy).iterdir())
         pictures = np.stack([np.asarray(Image.open(path)) for path in paths])
         for name in names:
-            again = load(name)(pictures, ["a ring", "two squares", "a red circle"], [{}] * 3).score
+            again = load(name).judge(pictures, ["a ring", "two squares", "a red circle"], [{}] * 3).score
             assert np.ravel(written[name][policy]["scores"]) == pytest.approx(again, abs=1e-5)
 
 

@@ -354,7 +354,7 @@ def _reward(config: Config, prompts: dict[str, list[Prompt]]) -> rewards.Reward:
     black_and_white[1] = 255
     for where, part in prompts.items():
         try:
-            reward(black_and_white, [part[0].text] * 2, [part[0].metadata] * 2)
+            reward.judge(black_and_white, [part[0].text] * 2, [part[0].metadata] * 2)
         except ValueError as error:
             raise ValueError(f"{error} (tried on a prompt of {where})") from error
     return reward

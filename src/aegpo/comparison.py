@@ -64,7 +64,7 @@ def compare(
             for image, (prompt, number) in zip(images, asked, strict=True):
                 save_picture(folder / policy / f"{prompt.id:05}-{number}.png", image)
             for name, judge in judges.items():
-                scores[name][policy].append(judge(images, texts, metadata).score)
+                scores[name][policy].append(judge.judge(images, texts, metadata).score)
             progress(len(images))
     shape = len(prompts), config.eval_images
     return {

@@ -50,7 +50,7 @@ def draw_and_judge(
     """`eval_images` pictures of each prompt, uint8 (n, H, W, 3), the prompt of each, and what the reward says of it."""
     images = draw(model, prompts, config)
     asked = [prompt for prompt in prompts for _ in range(config.eval_images)]
-    return images, asked, reward(images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+    return images, asked, reward.judge(images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
 
 
 def stills(images: np.ndarray) -> np.ndarray:

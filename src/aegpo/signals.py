@@ -97,6 +97,8 @@ def reward_spread(
     asked = [prompts[i] for i in owner.tolist()]
     drawn = collect(model, asked, conditions[owner], plan, shared, step, trunk[owner], purpose=SPREAD)
     judged = [asked[i] for i in drawn.group.tolist()]
-    scores = reward(drawn.images, [prompt.text for prompt in judged], [prompt.metadata for prompt in judged]).score
+    scores = reward.judge(
+        drawn.images, [prompt.text for prompt in judged], [prompt.metadata for prompt in judged]
+    ).score
     spread = torch.from_numpy(scores).double().reshape(few, steps - 1, SPREAD_ROLLOUTS).std(2, correction=0).mean(0)
     return torch.cat([spread, spread.new_zeros(1)])

@@ -131,7 +131,7 @@ def train(
             rollouts = collect(model, batch, conditions, plan, config, step, trunk, display.advance)
 
         asked = [batch[i] for i in rollouts.group.tolist()]
-        judged = reward(rollouts.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+        judged = reward.judge(rollouts.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
         scores = torch.from_numpy(judged.score)
         remember(config, batch, scores, rollouts.group, memory)
         advantage, taught = credit(config, scores, rollouts.group, rollouts.courses)

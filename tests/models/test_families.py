@@ -322,7 +322,7 @@ def test_a_video_is_judged_kept_and_read_back(folders, task, tmp_path):
             frames = [image.seek(i) or np.asarray(image.convert("RGB")) for i in range(image.n_frames)]
         videos.append(np.stack(frames))
     assert np.stack(videos).shape == (4, 5, 16, 16, 3)
-    again = rewards.load(config.reward)(np.stack(videos), PROMPTS * 2, [{}] * 4).score
+    again = rewards.load(config.reward).judge(np.stack(videos), PROMPTS * 2, [{}] * 4).score
     assert again.tolist() == pytest.approx(np.concatenate(said["run"]["scores"]).tolist(), rel=1e-6)
     with pytest.raises(ValueError, match=r"x\.jpg is a video's, which is written as \.gif, \.webp, \.png"):
         build.sample(tmp_path / "run", PROMPTS[0], tmp_path / "x.jpg")

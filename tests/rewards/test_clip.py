@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def score(name, images, prompts):
-    return rewards.load(name)(images, prompts, [{}] * len(prompts)).score
+    return rewards.load(name).judge(images, prompts, [{}] * len(prompts)).score
 
 
 @torch.no_grad()
@@ -77,14 +77,14 @@ def test_each_is_its_formula_of_the_cosine(folder):
 def test_a_score_is_the_same_in_any_company(name, folder):
     images, prompts = pictures(67), [f"{'a' * (i % 9)} ring" for i in range(67)]
     reward = rewards.load(f"{name}={folder}")
-    together = reward(images, prompts, [{}] * 67)
+    together = reward.judge(images, prompts, [{}] * 67)
     assert together.score.dtype == np.float32
     assert together.passed is None
     assert len(set(together.score.tolist())) > 20
     order = np.random.default_rng(0).permutation(67)
-    shuffled = reward(images[order], [prompts[i] for i in order], [{}] * 67).score
+    shuffled = reward.judge(images[order], [prompts[i] for i in order], [{}] * 67).score
     assert shuffled == pytest.approx(together.score[order], abs=1e-4)
-    alone = [reward(images[i : i + 1], prompts[i : i + 1], [{}]).score[0] for i in (0, 31, 32, 66)]
+    alone = [reward.judge(images[i : i + 1], prompts[i : i + 1], [{}]).score[0] for i in (0, 31, 32, 66)]
     assert alone == pytest.approx(together.score[[0, 31, 32, 66]], abs=1e-4)
 
 
@@ -116,7 +116,7 @@ def test_a_scorer_is_read_once_and_computes_without_gradients(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     reward = rewards.load(f"pickscore={copy}")
     shutil.rmtree(copy)
-    first, second = (reward(pictures(4), PROMPTS, [{}] * 4).score for _ in range(2))
+    first, second = (reward.judge(pictures(4), PROMPTS, [{}] * 4).score for _ in range(2))
     assert (first == second).all()
 
 

@@ -148,7 +148,7 @@ def folder(tmp_path_factory, original):
 
 
 def score(folder, images, prompts):
-    return rewards.load(f"imagereward={folder}")(images, prompts, [{}] * len(prompts)).score
+    return rewards.load(f"imagereward={folder}").judge(images, prompts, [{}] * len(prompts)).score
 
 
 def test_it_says_what_the_original_says(folder, original):
@@ -164,7 +164,7 @@ def test_the_hubs_files_say_what_those_of_a_folder_say(folder, tmp_path, monkeyp
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     on_the_hub(tmp_path, "RE-N-Y/ImageReward", folder.glob("*.safetensors"))
     on_the_hub(tmp_path, "google-bert/bert-base-uncased", folder.glob("*.json"))
-    said = rewards.load("imagereward")(pictures(4, 48, 48), PROMPTS, [{}] * 4).score
+    said = rewards.load("imagereward").judge(pictures(4, 48, 48), PROMPTS, [{}] * 4).score
     assert (said == score(folder, pictures(4, 48, 48), PROMPTS)).all()
 
 

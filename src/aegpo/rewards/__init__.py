@@ -1,139 +1,132 @@
-"""Rewards: callables on images, prompts and metadata."""
+"""Rewards: what judges images; the names of those that are shipped, and a user's own."""
 
 import importlib
-import importlib.util
 import inspect
-import sys
-import traceback
+import math
+import typing
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter, ValidationError
 
 from aegpo.config import did_you_mean
 from aegpo.types import Judgement
 
 __all__ = ["Reward", "load"]
 
-SCORERS = "clipscore", "hpsv21", "imagereward", "pickscore"  # each a module here, with `load`
+Metadata = Mapping[str, Any]
+Judge = Callable[[np.ndarray, Sequence[str], Sequence[Metadata]], Judgement]
+
+SCORERS = (  # each a module here; its `load` takes the settings of that reward
+    *("aesthetic", "clipscore", "hpsv21", "imagereward", "jpeg_size", "object_checks", "ocr", "pickscore", "remote"),
+    *("vlm", "world"),
+)
 FRAMES = 8  # of a video that are judged, at most
 
 
-class Reward(Protocol):
-    """Judges n images; higher is better."""
+@dataclass(frozen=True)
+class Reward:
+    """Judges images; higher is better.
 
-    def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Judgement:
-        """Judge uint8 images (n, H, W, 3)."""
-        ...
+    Attributes:
+        name: what it is called in a config, in metrics and in errors.
+        judge: uint8 images (n, H, W, 3), n prompts and n metadata mappings -> n scores, and verdicts if it has any.
+        range: the lowest and the highest score that it can give.
+        groupwise: whether it compares, so that it is to see one prompt's images a call, all of them.
+        elsewhere: whether others do the work, so that images are best drawn on while it is asked.
+    """
+
+    name: str
+    judge: Judge
+    range: tuple[float, float] = (-math.inf, math.inf)
+    groupwise: bool = False
+    elsewhere: bool = False
+
+    def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> np.ndarray:
+        """The scores alone, float32 (n,)."""
+        return self.judge(images, prompts, metadata).score
 
 
-def load(name: str) -> Reward:
+def load(name: str, **settings: Any) -> Reward:
     """The reward of that name.
 
     Args:
-        name: `world`; one of SCORERS, whose files come from the Hub, or from a folder, as in `pickscore=FOLDER`; or a
-            function of the user's own, `file.py:function` or `package.module:function`. It is called with the images,
-            uint8 (n, H, W, 3), and the n prompts, and with the n metadata mappings if it takes a third argument; it
-            returns n numbers. Of a video it judges frames.
+        name: one of SCORERS, where `NAME=VALUE` gives its first setting a value, as in `pickscore=FOLDER`; or a
+            function or class of the user's own, `file.py:function` or `package.module:function`.
+        settings: of that reward, and `range`, which any takes: [lowest, highest] instead of what it says of itself.
 
     Raises:
-        ValueError: no such reward, file or function, or a scorer's files cannot be had.
+        ValueError: no such reward, file or function, no such setting of it, or a scorer's files cannot be had.
     """
-    if name == "world":
-        from aegpo import world
-
-        return on_frames(lambda images, prompts, metadata: Judgement(*world.verify(images, prompts, metadata)))
-    scorer, has_folder, folder = name.partition("=")
+    scorer, has_value, value = name.partition("=")
+    limits = settings.pop("range", None)
     if scorer in SCORERS:
-        if has_folder and not folder:
-            raise ValueError(f"reward: {name!r} names no folder after the =")
-        return on_frames(importlib.import_module(f"aegpo.rewards.{scorer}").load(folder or None))
-    if ":" not in name:
-        known = ("world", *SCORERS)
-        raise ValueError(
-            f"reward: {name!r} is unknown; known are {', '.join(known)}, and your own as 'my_reward.py:score'"
-            f"{did_you_mean(scorer, known)}"
+        if has_value and not value:
+            raise ValueError(f"reward: {name!r} has nothing after the =")
+        reward = _with_settings(
+            importlib.import_module(f"aegpo.rewards.{scorer}").load, name, [value] if has_value else [], settings
         )
-    return on_frames(_checked(_import(name), name))
+    elif ":" in name:
+        from aegpo.rewards.own import load_own
+
+        reward = load_own(name, settings)
+    else:
+        raise ValueError(
+            f"reward: {name!r} is unknown; known are {', '.join(SCORERS)}, and your own as 'my_reward.py:score'"
+            f"{did_you_mean(scorer, SCORERS)}"
+        )
+    if limits is not None:
+        low, high = _valid(name, "range", limits, tuple[float, float])
+        if not low < high:
+            raise ValueError(f"reward: {name}: range: should be [lowest, highest], got {limits!r}")
+        reward = replace(reward, range=(low, high))
+    return replace(reward, name=name, judge=on_frames(reward.judge))
 
 
-def on_frames(reward: Reward) -> Reward:
-    """The reward, as one of videos too, uint8 (n, frames, H, W, 3): the mean over a few of the frames, evenly spaced.
+def on_frames(judge: Judge) -> Judge:
+    """The judge, as one of videos too, uint8 (n, frames, H, W, 3): the mean over a few of the frames, evenly spaced.
 
     A video passes where all of them do.
     """
 
-    def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Judgement:
+    def of_videos(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
         if images.ndim == 4:
-            return reward(images, prompts, metadata)
+            return judge(images, prompts, metadata)
         chosen = np.linspace(0, images.shape[1] - 1, min(FRAMES, images.shape[1])).round().astype(int)
         count = len(chosen)
         frames = images[:, chosen].reshape(-1, *images.shape[2:])
-        said = reward(frames, np.repeat(prompts, count).tolist(), [about for about in metadata for _ in range(count)])
+        said = judge(frames, np.repeat(prompts, count).tolist(), [about for about in metadata for _ in range(count)])
         passed = None if said.passed is None else np.all(said.passed.reshape(-1, count), axis=1)
         return Judgement(said.score.reshape(-1, count).mean(1), passed)
 
-    return judge
+    return of_videos
 
 
-def _import(name: str) -> Callable[..., Any]:
-    where, _, attribute = name.rpartition(":")
-    if not where:
-        raise ValueError(f"reward: {name!r} names no file or module before the colon")
-    if where.endswith(".py") and not Path(where).is_file():
-        raise ValueError(f"reward: file {where} does not exist")
+def _with_settings(make: Callable[..., Reward], name: str, first: list[Any], settings: dict[str, Any]) -> Reward:
+    """What `make` returns; its parameters are the settings there are, and their annotations what these may be."""
+    known = list(inspect.signature(make).parameters)
+    for setting in settings:
+        if setting not in known:
+            raise ValueError(
+                f"reward: {name} has no setting {setting!r}; it has {', '.join([*known, 'range'])}"
+                f"{did_you_mean(setting, known)}"
+            )
+    if first and known[0] in settings:
+        raise ValueError(f"reward: {name} gives {known[0]} already; it is given again as a setting")
+    given = dict(zip(known, first, strict=False)) | settings
+    for setting, parameter in inspect.signature(make).parameters.items():
+        if setting not in given and parameter.default is inspect.Parameter.empty:
+            raise ValueError(f"reward: {name} needs the setting {setting}")
+    hints = typing.get_type_hints(make)
+    return make(**{setting: _valid(name, setting, value, hints[setting]) for setting, value in given.items()})
+
+
+def _valid(name: str, setting: str, value: Any, kind: Any) -> Any:
     try:
-        if where.endswith(".py"):
-            sys.path.append(str(Path(where).resolve().parent))  # last: nothing there takes the place of a module
-            spec = importlib.util.spec_from_file_location(f"aegpo_reward_{Path(where).stem}", where)
-            assert spec and spec.loader
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
-        else:
-            sys.path.insert(0, str(Path.cwd()))
-            module = importlib.import_module(where)
-    except ImportError as error:
-        raise ValueError(f"reward: {where} cannot be imported: {error}") from None
-    except SyntaxError as error:
-        raise ValueError(f"reward: {where} is not valid Python: line {error.lineno}: {error.msg}") from None
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ValueError(f"reward: {where} has no function {attribute!r}")
-    return function
-
-
-def _checked(function: Callable[..., Any], name: str) -> Reward:
-    """The user's function with its answer checked: n finite numbers."""
-    takes_metadata = _takes_metadata(function)
-
-    def reward(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Judgement:
-        try:
-            answer = function(images, prompts, metadata) if takes_metadata else function(images, prompts)
-        except (Exception, SystemExit) as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{frame.filename}, line {frame.lineno}"
-            raise ValueError(f"reward {name} failed at {where}: {type(error).__name__}: {error}") from error
-        try:
-            score = np.asarray(answer, dtype=np.float32)
-        except (TypeError, ValueError):
-            raise ValueError(f"reward {name} returned something that is not numbers: {answer!r:.80}") from None
-        if score.shape != (len(images),):
-            raise ValueError(
-                f"reward {name} returned shape {score.shape} for {len(images)} images; one number each is due"
-            )
-        if not np.isfinite(score).all():
-            raise ValueError(
-                f"reward {name} returned {score[~np.isfinite(score)][0]} for an image; numbers must be finite"
-            )
-        return Judgement(score)
-
-    return reward
-
-
-def _takes_metadata(function: Callable[..., Any]) -> bool:
-    """Whether it has a third positional argument without a default."""
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = [p for p in inspect.signature(function).parameters.values() if p.kind in positional]
-    return len(parameters) > 2 and parameters[2].default is inspect.Parameter.empty
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        what = wrong["msg"][0].lower() + wrong["msg"][1:]
+        raise ValueError(f"reward: {name}: {setting}: {what}, got {wrong['input']!r}") from None

@@ -1,6 +1,10 @@
 """CLIPScore (arXiv 2104.08718): how well a picture fits its prompt, to CLIP ViT-L/14."""
 
-from aegpo.rewards import Reward
+from collections.abc import Sequence
+
+import numpy as np
+
+from aegpo.rewards import Metadata, Reward
 from aegpo.rewards.clip import Clip
 from aegpo.rewards.weights import Source
 from aegpo.types import Judgement
@@ -21,4 +25,8 @@ def load(folder: str | None = None) -> Reward:
         ValueError: the files cannot be had or do not fit.
     """
     clip = Clip(Source("clipscore", HUB, HUB, folder))
-    return lambda images, prompts, metadata: Judgement((100 * clip.cosine(images, prompts)).clip(0))
+
+    def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
+        return Judgement((100 * clip.cosine(images, prompts)).clip(0))
+
+    return Reward("clipscore", judge, (0.0, 100.0))

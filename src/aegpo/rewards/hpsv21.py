@@ -1,10 +1,12 @@
 """HPS v2.1 (arXiv 2306.09341): which picture people prefer, by a CLIP ViT-H/14 taught on HPD v2."""
 
 import re
+from collections.abc import Sequence
 
+import numpy as np
 from torch import Tensor
 
-from aegpo.rewards import Reward
+from aegpo.rewards import Metadata, Reward
 from aegpo.rewards.clip import Clip
 from aegpo.rewards.pictures import letterboxed
 from aegpo.rewards.weights import Source
@@ -48,7 +50,11 @@ def load(folder: str | None = None) -> Reward:
         ValueError: the files cannot be had or do not fit.
     """
     clip = Clip(Source("hpsv21", WEIGHTS, REST, folder), from_open_clip, letterboxed)
-    return lambda images, prompts, metadata: Judgement(clip.cosine(images, prompts))
+
+    def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
+        return Judgement(clip.cosine(images, prompts))
+
+    return Reward("hpsv21", judge, (-1.0, 1.0))
 
 
 def from_open_clip(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,7 @@
 """ImageReward (arXiv 2304.05977): how people would rate a picture, by a BLIP (arXiv 2201.12086) taught on ratings."""
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from aegpo.rewards import Reward
+from aegpo.rewards import Metadata, Reward
 from aegpo.rewards.pictures import cropped
 from aegpo.rewards.weights import BATCH, Source, device
 from aegpo.types import Judgement
@@ -47,12 +46,12 @@ def load(folder: str | None = None) -> Reward:
     """
     network = Network(Source("imagereward", WEIGHTS, REST, folder))
 
-    def reward(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]) -> Judgement:
+    def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
         starts = range(0, len(images), BATCH)
         said = [network(images[at : at + BATCH], prompts[at : at + BATCH]) for at in starts]
         return Judgement((np.concatenate([np.zeros(0, np.float32), *said]) - MEAN) / STD)
 
-    return reward
+    return Reward("imagereward", judge)
 
 
 class Network:

@@ -1,6 +1,10 @@
 """PickScore (arXiv 2305.01569): which picture people would pick, by a CLIP ViT-H/14 taught on their picks."""
 
-from aegpo.rewards import Reward
+from collections.abc import Sequence
+
+import numpy as np
+
+from aegpo.rewards import Metadata, Reward
 from aegpo.rewards.clip import Clip
 from aegpo.rewards.weights import Source
 from aegpo.types import Judgement
@@ -22,4 +26,8 @@ def load(folder: str | None = None) -> Reward:
     """
     clip = Clip(Source("pickscore", WEIGHTS, REST, folder))
     scale = clip.model.logit_scale.exp().item()
-    return lambda images, prompts, metadata: Judgement(scale * clip.cosine(images, prompts))
+
+    def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
+        return Judgement(scale * clip.cosine(images, prompts))
+
+    return Reward("pickscore", judge, (-scale, scale))
