@@ -6,12 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file
 
-from aegpo import build, models, world
+from aegpo import build, models, rewards, world
 from aegpo.algorithms import ALGORITHMS, PAPERS, PLAIN
 from aegpo.cli import main
 from aegpo.config import dump_yaml, needs_velocity, resolve
+from aegpo.data import load_prompts
+from aegpo.display import Display
+from aegpo.train import train
 
 DOCS = Path(__file__).parents[1] / "docs" / "algorithms.md"
 SMALL = {
@@ -43,6 +47,16 @@ def small(tmp_path):
         return resolve({"algorithm": algorithm}, SMALL, own, changes)
 
     return settings
+
+
+def run(config):
+    """The loop alone: `build.run` without the report."""
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_yaml(config))
+    prompts, held_out = (load_prompts(getattr(config.prompts, split), split) for split in ("train", "eval"))
+    reward, model = rewards.load(config.reward), models.load(config.model, config.seed)
+    train(config, model, prompts, held_out, reward, folder, Display(config.steps, Console(quiet=True)))
 
 
 def metrics(config, without=("seconds",)):
@@ -85,13 +99,25 @@ RATIOS = [
 def test_its_first_ratio_is_exactly_one_in_the_same_batch_shape(small, algorithm):
     one = {"micro_batch": 1, "updates": 1}
     own = small(algorithm, steps=1, rollouts_per_step=8, allocation={"low": 3, "high": 5}, optimizer=one)
-    build.run(own)
+    run(own)
     step = metrics(own)[1]
     assert step["rows"] > 0 and step["ratio/first_error"] == 0 and step["ratio/mean"] == 1
 
 
-@pytest.mark.parametrize("algorithm", [name for name in ALGORITHMS if not name.startswith("aegpo")])
-@pytest.mark.parametrize("rule", ["entropy_peaks", "reward_spread"])
+HOSTS = [name for name in ALGORITHMS if not name.startswith("aegpo")]
+EACH_KIND = [
+    "flow-grpo",
+    "tempflow-grpo",
+    "branch-grpo",
+    "mix-grpo-flash",
+    "awm",
+]  # of rollout: what a curve is laid on
+
+
+@pytest.mark.parametrize(
+    ("rule", "algorithm"),
+    [("entropy_peaks", host) for host in HOSTS] + [("reward_spread", host) for host in EACH_KIND],
+)
 def test_aegpos_levers_work_on_it(small, algorithm, rule):
     """Unequal groups from the second step on, and each prompt's own steps, or levels drawn from its own curve."""
     own = small(
@@ -100,7 +126,7 @@ def test_aegpos_levers_work_on_it(small, algorithm, rule):
         exploration={"rule": rule, "k": 2, "min_distance": 1, "moves": "none"},
         optimizer={"lr": 1e-2, "micro_batch": 16},
     )
-    build.run(own)
+    run(own)
     _, first, second = metrics(own)
     assert first["allocation"] == [8, 8] and sorted(second["allocation"]) == [5, 11]
     assert first["rows"] > 0 and second["rows"] > 0
@@ -112,8 +138,8 @@ def test_aegpos_levers_work_on_it(small, algorithm, rule):
 def test_stopped_and_resumed_it_is_the_same_run_to_the_bit(small, algorithm):
     ways = {"steps": 3, "optimizer": {"lr": 1e-2, "behaviour_ramp": 0.4, "micro_batch": 16}}
     whole, cut = small(algorithm, "whole", **ways), small(algorithm, "cut", **ways)
-    build.run(whole)
-    build.run(small(algorithm, "cut", **ways | {"steps": 2}))
+    run(whole)
+    run(small(algorithm, "cut", **ways | {"steps": 2}))
     build.run(cut, resume=str(Path(cut.output_dir, "checkpoint-1")))
     assert metrics(whole) == metrics(cut)
     for file in sorted(Path(whole.output_dir, "checkpoint-3").glob("*.safetensors")):
