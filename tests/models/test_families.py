@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 
 from aegpo import build, checkpoint, models, rewards
@@ -399,3 +399,13 @@ def test_a_pipeline_that_is_not_whole_is_said_in_a_line(spoil, said, tmp_path):
     with pytest.raises(ValueError, match=rf"model\.path: .*flux {said}") as error:
         models.load(Model(path=str(tmp_path / "flux"), resolution=16))
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_u_net_that_is_told_the_guidance_is_refused(tmp_path):
+    build_pipeline("sd15", tmp_path / "lcm")
+    distilled = UNet2DConditionModel.from_config(
+        UNet2DConditionModel.load_config(tmp_path / "lcm" / "unet"), time_cond_proj_dim=8
+    )
+    distilled.save_pretrained(tmp_path / "lcm" / "unet")
+    with pytest.raises(ValueError, match=r"model\.path: its U-Net is told the guidance, as a distilled one \(LCM\) is"):
+        models.load(Model(path=str(tmp_path / "lcm")))

@@ -43,6 +43,7 @@ def load(settings: Model, seed: int = 0) -> Denoiser:
     Raises:
         ValueError: there is no such pipeline, or it belongs to no family that we know.
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)  # its way back is not finite for some shapes (pytorch issue 196678)
     pipe, family = load_pipeline(settings)
     return Denoiser(pipe, family, settings, compute_dtype(settings), seed)
 

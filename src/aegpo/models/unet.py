@@ -43,6 +43,10 @@ class UNet:
             raise ValueError(
                 f"model.path: its network predicts {self.predicts}; only epsilon and v_prediction are known"
             )
+        if pipe.unet.config.time_cond_proj_dim is not None:
+            raise ValueError(
+                "model.path: its U-Net is told the guidance, as a distilled one (LCM) is; such are not known"
+            )
         alphas = scheduler.alphas_cumprod.double()
         if self.predicts == "epsilon" and alphas[-1] == 0:
             raise ValueError("model.path: its first latent is pure noise, of which an epsilon prediction tells nothing")
