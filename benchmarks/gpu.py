@@ -41,6 +41,8 @@ from aegpo.config import Config, needs_probe, needs_reference, needs_spread, res
 from aegpo.models import memory
 from aegpo.models.base import Denoiser
 from aegpo.models.sd3 import SD3
+from aegpo.rewards import Reward
+from aegpo.rewards.panel import alone
 from aegpo.rollout import ROLLOUT, collect, noise
 from aegpo.signals import probe, reward_spread
 from aegpo.train import credit, update
@@ -196,7 +198,9 @@ class Step:
         if needs_spread(config) and self.memory.reward_spread is None:  # once in ten steps of training
             synchronize()
             measured = time.perf_counter()
-            self.memory.reward_spread = reward_spread(model, self.batch, conditions, brightness, config, 0, 0, trunk)
+            self.memory.reward_spread = reward_spread(
+                model, self.batch, conditions, alone(Reward("brightness", brightness)), config, 0, 0, trunk
+            )
             synchronize()
             spread = time.perf_counter() - measured
         plan = make_plan(config, self.batch, signals, self.memory, self.sigmas, 0)

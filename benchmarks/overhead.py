@@ -34,6 +34,7 @@ from aegpo.adapt.plan import make_plan
 from aegpo.algorithms import merge
 from aegpo.config import Config, resolve
 from aegpo.data import draw, load_prompts
+from aegpo.rewards.panel import alone
 from aegpo.rollout import collect, shared_trunk
 from aegpo.signals import probe, reward_spread
 from aegpo.train import credit, update
@@ -89,7 +90,7 @@ class Step:
         """The plan that the probe gives once the prompts have moved, each by its own."""
         signals, trunk = self.probe()
         if self.config.exploration.rule == "reward_spread":
-            given = (self.model, self.batch, self.conditions, self.reward, self.config)
+            given = (self.model, self.batch, self.conditions, alone(self.reward), self.config)
             self.memory.reward_spread = reward_spread(*given, step=0, visit=0, trunk=trunk)
         moved = Signals(signals.entropy + 0.01 * torch.arange(len(self.batch))[:, None], signals.base_entropy)
         return make_plan(self.config, self.batch, moved, self.memory, self.model.sigmas(self.config.sampler.steps), 0)

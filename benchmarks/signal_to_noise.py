@@ -31,12 +31,13 @@ from rich.console import Console
 from rich.table import Table
 from trial import training_prompts
 
-from aegpo import models, rewards
+from aegpo import models
 from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan
 from aegpo.algorithms import merge
 from aegpo.config import resolve
 from aegpo.data import draw
+from aegpo.rewards.panel import load_panel
 from aegpo.rollout import collect, shared_trunk
 from aegpo.train import credit, update
 
@@ -68,7 +69,7 @@ def measure(name: str, batches: int) -> dict[str, float]:
     """One plan's signal to noise, its error, and evaluations, of a training step."""
     torch.set_num_threads(1)
     config = resolve(FRAME, PLANS[name])
-    model, prompts, reward = models.load(config.model), training_prompts(PROMPTS), rewards.load(config.reward)
+    model, prompts, reward = models.load(config.model), training_prompts(PROMPTS), load_panel(config)
     still = torch.optim.SGD(model.trainable.values(), lr=0.0)
     gradients, spent = [], model.forwards
     for step in range(batches):
@@ -81,7 +82,7 @@ def measure(name: str, batches: int) -> dict[str, float]:
         )
         drawn = collect(model, batch, conditions, plan, config, step, trunk)
         asked = [batch[i] for i in drawn.group.tolist()]
-        judged = reward.judge(drawn.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+        judged = reward.judge(drawn.images, asked)
         advantage, taught = credit(config, torch.from_numpy(judged.score), drawn.group, drawn.courses)
         rows = drawn.transitions.judged(advantage, taught)
         for parameter in model.trainable.values():  # a step without a difference in reward has none of its own

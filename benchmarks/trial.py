@@ -41,11 +41,12 @@ def train_to(
     import torch
     from diffusers.training_utils import EMAModel
 
-    from aegpo import models, rewards
+    from aegpo import models
     from aegpo.config import resolve
     from aegpo.data import load_prompts
     from aegpo.evaluation import evaluate
     from aegpo.models.base import acting
+    from aegpo.rewards.panel import load_panel
     from aegpo.train import take_average, train
     from aegpo.world import verifier
 
@@ -55,7 +56,7 @@ def train_to(
         config = resolve(*layers, {"seed": seed, "output_dir": folder})
         held_out = load_prompts("world", "eval")
         judged_as = replace(config, seed=0)  # from the same noise whatever the run's seed
-        reward, model = rewards.load(config.reward), models.load(config.model, seed)
+        reward, model = load_panel(config), models.load(config.model, seed)
         average = EMAModel(model.trainable.values(), decay=config.optimizer.ema) if config.optimizer.ema else None
         curve: list[dict[str, float]] = []
         explored, drawn = np.zeros(config.sampler.steps), []
@@ -135,13 +136,14 @@ def training_prompts(count: int) -> list[Any]:
 
 def base_under(guidance: float, *layers: dict[str, Any]) -> float:
     """The held-out reward of the base policy under guidance, which costs two evaluations where the others take one."""
-    from aegpo import models, rewards
+    from aegpo import models
     from aegpo.config import resolve
     from aegpo.data import load_prompts
     from aegpo.evaluation import evaluate
+    from aegpo.rewards.panel import load_panel
 
     config = resolve(*layers, {"algorithm": "flow-grpo", "sampler": {"guidance": guidance}, "seed": 0})
-    judged = evaluate(config, models.load(config.model), load_prompts("world", "eval"), rewards.load(config.reward))
+    judged = evaluate(config, models.load(config.model), load_prompts("world", "eval"), load_panel(config))
     return judged["eval/reward_mean"]
 
 

@@ -29,6 +29,7 @@ from trial import training_prompts
 from aegpo import models, rewards
 from aegpo.config import resolve
 from aegpo.evaluation import draw_and_judge
+from aegpo.rewards.panel import alone
 from aegpo.signals import entropy_curves
 from aegpo.train import train
 
@@ -52,7 +53,7 @@ def measure(algorithm: str, seed: int) -> dict[str, dict[str, float]]:
     """Rank correlations of each signal with each target, over the prompts of one run."""
     with tempfile.TemporaryDirectory() as folder:
         config = resolve({"algorithm": algorithm}, SETTINGS, {"seed": seed, "output_dir": folder})
-        prompts, reward, model = training_prompts(PROMPTS), rewards.load("world"), models.load(config.model)
+        prompts, reward, model = training_prompts(PROMPTS), alone(rewards.load("world")), models.load(config.model)
         conditions, judged_as = model.encode([p.text for p in prompts]), replace(config, eval_images=IMAGES)
         scores: dict[int, np.ndarray] = {}
         changes: dict[str, np.ndarray] = {}

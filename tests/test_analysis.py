@@ -32,7 +32,8 @@ from aegpo.cli import main
 from aegpo.config import Config, Model, Optimizer, Probe, Sampler, load_yaml, resolve
 from aegpo.data import load_prompts
 from aegpo.report.html import correlation
-from aegpo.rewards import load
+from aegpo.rewards import Reward, load
+from aegpo.rewards.panel import alone
 from aegpo.signals import entropy_curves, probe, reward_spread
 from aegpo.types import Judgement, Prompt
 
@@ -146,8 +147,11 @@ def model():
     return models.load(Model())
 
 
-def brightness(images, prompts, metadata):
+def _brightness(images, prompts, metadata):
     return Judgement(images.mean((1, 2, 3)).astype(np.float32))
+
+
+brightness = alone(Reward("brightness", _brightness))
 
 
 def test_prompts_one_by_one_have_the_spread_that_they_have_together(model):
@@ -324,7 +328,7 @@ def test_a_model_before_training(tmp_path, capsys):
     [row] = said["checkpoints"]
     model = models.load(Model())
     config = resolve({"algorithm": "aegpo", "eval_images": 1, "prompts": {"eval": str(tmp_path / "three.txt")}})
-    judged = build.evaluate_policy(config, model, load_prompts(config.prompts.eval, "eval"), load("world"))
+    judged = build.evaluate_policy(config, model, load_prompts(config.prompts.eval, "eval"), alone(load("world")))
     assert np.mean(row["reward"]) == pytest.approx(judged["eval/reward_mean"])
     printed = capsys.readouterr().out
     assert "gained" not in printed

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from aegpo import config as configuration
 from aegpo.algorithms import ALGORITHMS
-from aegpo.config import Config, dump_yaml, load_yaml, merge, resolve
+from aegpo.config import Config, dump_yaml, load_yaml, merge, resolve, reward_label, reward_terms
 
 COUNTS = st.integers(1, 10**6)
 POSITIVE = st.floats(1e-30, 1e30)
@@ -189,7 +189,7 @@ def test_a_number_is_finite_and_not_negative(name: str, value: Any):
     assert complaint(nested(name, value)).endswith(f", got {value!r}")
 
 
-@pytest.mark.parametrize("name", ["reward", "model.path", "output_dir", "prompts.train"])
+@pytest.mark.parametrize("name", ["model.path", "output_dir", "prompts.train"])
 @pytest.mark.parametrize("value", [5, True, None, ["world"]])
 def test_text_is_text(name: str, value: Any):
     assert complaint(nested(name, value)) == f"{name}: input should be a valid string, got {value!r}"
@@ -350,3 +350,39 @@ def test_choices_that_contradict_one_another_are_refused_and_their_neighbours_ar
 ):
     assert complaint(layer).startswith(expected)
     resolve({"algorithm": layer["algorithm"]})
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def test_rewards_by_name_and_weight():
+    several = resolve(
+        {"reward": {"pickscore": 1, "ocr": {"weight": 0.5, "folder": "x"}, "jpeg_size": -0.25, "world": 0}}
+    )
+    assert reward_terms(several.reward) == {
+        "pickscore": (1.0, {}),
+        "ocr": (0.5, {"folder": "x"}),
+        "jpeg_size": (-0.25, {}),
+        "world": (0.0, {}),
+    }
+    assert reward_label(several.reward) == "pickscore + 0.5 ocr + -0.25 jpeg_size"
+    assert reward_terms("world") == {"world": (1.0, {})}
+    assert reward_terms({"vlm": {"model": "m"}}) == {"vlm": (1.0, {"model": "m"})}
+    assert resolve({"reward": {"ocr": 1}}, {"reward": "world"}).reward == "world"
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [
+        (5, "reward: should be a name, or weights by name, as in {pickscore: 1, ocr: 0.5}, got 5"),
+        (["ocr"], "reward: should be a name, or weights by name, as in {pickscore: 1, ocr: 0.5}, got ['ocr']"),
+        ({"ocr": "much"}, "reward: ocr: should be a weight, as in {ocr: 0.5}, or settings with a `weight` among them"),
+        ({"ocr": True}, "reward: ocr: should be a weight, as in {ocr: 0.5}, or settings with a `weight` among them"),
+        ({"ocr": float("nan")}, "reward: ocr: should be a weight"),
+        ({"ocr": {"weight": None}}, "reward: ocr: should be a weight"),
+        ({"ocr": 0}, "reward: none has a weight other than 0, so nothing would be learned from; give one of them 1"),
+        ({}, "reward: none has a weight other than 0"),
+    ],
+)
+def test_rewards_that_cannot_be_read(reward: Any, expected: str):
+    assert complaint({"reward": reward}).startswith(expected)

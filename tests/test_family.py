@@ -9,12 +9,13 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from aegpo import build, models, rewards, world
+from aegpo import build, models, world
 from aegpo.algorithms import ALGORITHMS, PAPERS, PLAIN
 from aegpo.cli import main
 from aegpo.config import dump_yaml, needs_velocity, resolve
 from aegpo.data import load_prompts
 from aegpo.display import Display
+from aegpo.rewards.panel import load_panel
 from aegpo.train import train
 
 DOCS = Path(__file__).parents[1] / "docs" / "algorithms.md"
@@ -55,7 +56,7 @@ def run(config):
     folder.mkdir()
     (folder / "config.yaml").write_text(dump_yaml(config))
     prompts, held_out = (load_prompts(getattr(config.prompts, split), split) for split in ("train", "eval"))
-    reward, model = rewards.load(config.reward), models.load(config.model, config.seed)
+    reward, model = load_panel(config), models.load(config.model, config.seed)
     train(config, model, prompts, held_out, reward, folder, Display(config.steps, Console(quiet=True)))
 
 

@@ -12,6 +12,7 @@ from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan
 from aegpo.config import needs_probe, resolve
 from aegpo.data import load_prompts
+from aegpo.rewards.panel import alone
 from aegpo.rollout import collect, shared_trunk
 from aegpo.signals import probe
 from aegpo.train import credit, update
@@ -151,7 +152,7 @@ def test_no_graph_outlives_its_step(tmp_path, monkeypatch):
     layer = {"steps": 1, "eval_images": 1, "eval_every": 0, "output_dir": str(tmp_path / "run"), "save_every": 9}
     config = resolve(asdict(step_of("flow-grpo", True)), layer)
     prompts = load_prompts("world", "train")[:3]
-    reward = rewards.load(f"{tmp_path / 'flat.py'}:score")
+    reward = alone(rewards.load(f"{tmp_path / 'flat.py'}:score"))
     (tmp_path / "run").mkdir()
     aegpo.train.train(config, models.load(config.model), prompts, prompts[:1], reward, tmp_path / "run", Watcher())
     assert len(drawn) > 5 and alive[-1] == [False] * len(drawn)

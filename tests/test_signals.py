@@ -11,6 +11,8 @@ from aegpo.adapt import memory as memories
 from aegpo.adapt.memory import Memory
 from aegpo.config import Config, Model, Optimizer, Probe, Sampler, resolve
 from aegpo.models.probe import AttentionProbe
+from aegpo.rewards import Reward
+from aegpo.rewards.panel import alone
 from aegpo.rollout import SPREAD, collect, noise, shared_trunk
 from aegpo.signals import entropy_curves, probe, reward_spread
 from aegpo.types import Judgement, Plan, Prompt
@@ -129,7 +131,7 @@ def test_the_spread_of_reward_is_measured_step_by_step(model):
         return Judgement(images.mean((1, 2, 3)).astype(np.float32))
 
     before = model.forwards
-    spread = reward_spread(model, PROMPTS, conditions, brightness, config, 5, 0)
+    spread = reward_spread(model, PROMPTS, conditions, alone(Reward("brightness", brightness)), config, 5, 0)
     assert model.forwards - before == 3 * 3 + 3 * 6 * (3 + 2 + 1)
     shared = replace(config, sampler=replace(config.sampler, shared_noise=True))
     for step in range(3):
@@ -149,7 +151,7 @@ def test_the_spread_is_measured_on_whole_trajectories_of_eulers(model):
     for name in ("mix-grpo", "mix-grpo-flash"):
         config = resolve({"algorithm": name, "sampler": {"steps": 5}, "exploration": {"k": 2}})
         before = model.forwards
-        spread = reward_spread(model, PROMPTS, conditions, rewards.load("world"), config, 0, 0)
+        spread = reward_spread(model, PROMPTS, conditions, alone(rewards.load("world")), config, 0, 0)
         found.append((spread.tolist(), model.forwards - before))
     assert found[0] == found[1] and found[0][1] == 3 * 4 + 18 * (4 + 3 + 2 + 1)
 
@@ -167,5 +169,5 @@ def test_in_the_world_it_is_the_early_steps_whose_exploration_spreads_the_reward
     prompts = [Prompt(i, row["prompt"], row) for i, row in enumerate(world.held_out()[::40])]
     config = settings(Sampler(steps=8, kind="cps", eta=0.6), batch=96)
     conditions = model.encode([prompt.text for prompt in prompts])
-    spread = reward_spread(model, prompts, conditions, rewards.load("world"), config, 0, 0)
+    spread = reward_spread(model, prompts, conditions, alone(rewards.load("world")), config, 0, 0)
     assert spread[:4].min() > spread[5:7].max()

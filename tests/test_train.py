@@ -27,9 +27,11 @@ from aegpo.adapt.memory import Memory
 from aegpo.cli import main
 from aegpo.config import Config, dump_yaml, load_yaml, ratio_tolerance, resolve
 from aegpo.objective import objective
+from aegpo.rewards import Reward
+from aegpo.rewards.panel import alone
 from aegpo.rollout import draw, shared_trunk
 from aegpo.train import deal, learning_rate, update
-from aegpo.types import Judgement, Plan, Prompt, Rollouts, Signals, Transitions
+from aegpo.types import Judgement, Plan, Prompt, Rollouts, Signals, Transitions, Verdict
 
 FEW = "few"  # three training prompts, so that a run of three steps visits them again
 SMALL = {
@@ -447,7 +449,7 @@ def test_an_evaluation_judges_each_picture_by_its_own_prompt_and_each_task_by_it
         score = np.array([row["value"] for row in metadata], np.float32)
         return Judgement(score, score > 0.5)
 
-    assert evaluation.evaluate(settings, model, held_out, reward) == {
+    assert evaluation.evaluate(settings, model, held_out, alone(Reward("own", reward))) == {
         "eval/reward_mean": 0.5,
         "eval/pass_rate": 0.5,
         "eval/reward/one": 0.25,
@@ -484,9 +486,11 @@ def test_a_step_is_described_by_hand():
     plain = resolve({"algorithm": "aegpo", "sampler": {"steps": 3}, "exploration": {"rule": "window", "k": 1}})
     courses = lay_out(plan, plain, [Prompt(i, "", {}) for i in range(3)], torch.tensor([1.0, 0.7, 0.4, 0]), 0)
     rollouts = Rollouts(np.zeros((7, 1, 1, 3), np.uint8), plan.group, courses, None)
-    assert logbook.describe(plan, rollouts, signals, scores, advantage[:, None] * courses.explored) == {
+    verdict = Verdict(scores.numpy(), None, {"own": Judgement(scores.numpy())}, np.ones(7, bool))
+    assert logbook.describe(plan, rollouts, signals, verdict, advantage[:, None] * courses.explored) == {
         "reward/mean": pytest.approx(12 / 7),
         "reward/std": pytest.approx(np.std([1, 1, 0, 3, 3, 2, 2])),
+        "dropped_groups": 0,
         "allocation": [2, 3, 2],
         "explored_steps": [5, 5, 0],
         "zero_advantage_groups": 2,
@@ -688,7 +692,7 @@ def test_every_row_has_the_advantage_of_its_own_rollout(tmp_path, monkeypatch, b
     def score(images, prompts, metadata):
         return Judgement(scores[: len(images)])
 
-    train.train(own, model, prompts, prompts, score, tmp_path / "run", Quiet())
+    train.train(own, model, prompts, prompts, alone(Reward("own", score)), tmp_path / "run", Quiet())
     expected, kept = {}, set()
     for group in (range(5), range(5, 10)):
         mine = scores[list(group)].astype(float)
@@ -900,7 +904,7 @@ def test_a_prompts_spread_of_reward_is_that_of_its_own_group_whatever_its_size(t
     model = models.load(own.model)
     prompts = [Prompt(i, text, {}) for i, text in enumerate(("a red circle", "two squares"))]
     (tmp_path / "run").mkdir()
-    train.train(own, model, prompts, prompts, score, tmp_path / "run", Quiet())
+    train.train(own, model, prompts, prompts, alone(Reward("own", score)), tmp_path / "run", Quiet())
     deviation = float(np.std(np.arange(own.rollouts_per_step // 2), ddof=1))
     assert seen == [pytest.approx([deviation, 2 * deviation])]
 

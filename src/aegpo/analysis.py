@@ -23,7 +23,7 @@ from aegpo.checkpoint import load_weights, step_of
 from aegpo.config import SPREAD_ROLLOUTS, Config, eval_steps, with_noise
 from aegpo.evaluation import draw_and_judge, evenly_spaced
 from aegpo.models.base import Denoiser
-from aegpo.rewards import Reward
+from aegpo.rewards.panel import Panel
 from aegpo.signals import entropy_curves, reward_spread
 from aegpo.types import Prompt, Signals, Trunk
 
@@ -50,7 +50,7 @@ def analyze(
     config: Config,
     model: Denoiser,
     prompts: Sequence[Prompt],
-    reward: Reward,
+    reward: Panel,
     checkpoints: Sequence[Path] = (),
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def follow(
     config: Config,
     model: Denoiser,
     prompts: Sequence[Prompt],
-    reward: Reward,
+    reward: Panel,
     checkpoints: Sequence[Path],
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Stage]:
@@ -134,7 +134,7 @@ def _measure(
     config: Config,
     model: Denoiser,
     prompts: Sequence[Prompt],
-    reward: Reward,
+    reward: Panel,
     step: int,
     progress: Callable[[int], None],
 ) -> Stage:
@@ -182,7 +182,7 @@ def spread_of_each(
     config: Config,
     model: Denoiser,
     prompts: Sequence[Prompt],
-    reward: Reward,
+    reward: Panel,
     trunk: Trunk,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Tensor:

@@ -19,11 +19,21 @@ from rich.markup import escape
 from rich.table import Column, Table
 from safetensors.torch import save_file
 
-from aegpo import checkpoint, rewards, world
+from aegpo import checkpoint, world
 from aegpo.analysis import analyze as measure
 from aegpo.analysis import evaluations, read_entropy
 from aegpo.comparison import LEVEL, compare, drawn_as, summary
-from aegpo.config import Config, dump_yaml, eval_steps, load_yaml, needs_probe, resolve, with_noise
+from aegpo.config import (
+    Checks,
+    Config,
+    dump_yaml,
+    eval_steps,
+    load_yaml,
+    needs_probe,
+    resolve,
+    reward_terms,
+    with_noise,
+)
 from aegpo.data import load_prompts, named
 from aegpo.display import Display, bar
 from aegpo.evaluation import evaluate as evaluate_policy
@@ -33,6 +43,7 @@ from aegpo.models.lora import read_lora
 from aegpo.report import read_metrics, save_picture, write_analysis, write_model_card, write_report
 from aegpo.report.analysis import READINGS, SIGNALS, from_one
 from aegpo.report.html import correlation, percent
+from aegpo.rewards.panel import Panel, load_panel
 from aegpo.signals import entropy_curves
 from aegpo.train import train
 from aegpo.types import Prompt
@@ -72,7 +83,7 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
             f"prompts_per_step: a step takes {config.prompts_per_step} prompts, but {config.prompts.train} holds "
             f"{len(prompts)}; lower it (and rollouts_per_step), or give more prompts"
         )
-    reward = _reward(
+    reward = _panel(
         config, {named(config.prompts.train, "train"): prompts, named(config.prompts.eval, "eval"): held_out}
     )
     if torch.cuda.is_available() and (outline := memory.sizes(config.model)):
@@ -181,7 +192,7 @@ def evaluate(
     option = prompts and "--prompts"
     held_out = _prompts(config, "eval", option)
     newest = _checkpoints(run)[-1]
-    judge = _reward(config, {named(config.prompts.eval, "eval", option): held_out})
+    judge = _panel(replace(config, reward_checks=Checks()), {named(config.prompts.eval, "eval", option): held_out})
     model = load(config.model, config.seed)
     model.prepare([prompt.text for prompt in held_out])
     checkpoint.load_weights(newest, model.trainable)
@@ -213,7 +224,7 @@ def evaluate_by_all(
     if len(held_out) == 1:
         raise ValueError(f"{where} holds one prompt, and intervals over prompts take two at least")
     newest = _checkpoints(run)[-1]
-    tried = {name: _reward(replace(config, reward=name), {where: held_out}) for name in judges}
+    tried = {name: _panel(replace(config, reward=name, reward_checks=Checks()), {where: held_out}) for name in judges}
     model = load(config.model, config.seed)
     model.prepare([prompt.text for prompt in held_out])
     checkpoint.load_weights(newest, model.trainable)
@@ -278,7 +289,7 @@ def analyze(
     config = _config(run, *over) if trained else resolve(plain, *over, {"model": {"path": model}})
     option = prompts and "--prompts"
     asked = _prompts(config, "eval", option)
-    judge = _reward(config, {named(config.prompts.eval, "eval", option): asked})
+    judge = _panel(replace(config, reward_checks=Checks()), {named(config.prompts.eval, "eval", option): asked})
     found = _checkpoints(run) if trained else []
     policy = load(config.model, config.seed)
     policy.prepare([prompt.text for prompt in asked])
@@ -344,20 +355,20 @@ def _given(prompts: str | None, reward: str | None) -> dict[str, Any]:
     return ({"prompts": {"eval": prompts}} if prompts else {}) | ({"reward": reward} if reward else {})
 
 
-def _reward(config: Config, prompts: dict[str, list[Prompt]]) -> rewards.Reward:
-    """The reward, tried on a black and a white picture for a prompt of each set; sets are named as errors name them."""
-    if config.reward == "world":
+def _panel(config: Config, prompts: dict[str, list[Prompt]]) -> Panel:
+    """The rewards, tried on a black and a white picture for a prompt of each set, which errors name so."""
+    if "world" in reward_terms(config.reward):
         for prompt in itertools.chain(*prompts.values()):
             world.requested(prompt.text, prompt.metadata)
-    reward = rewards.load(config.reward)
+    panel = load_panel(config)
     black_and_white = np.zeros((2, 32, 32, 3), np.uint8)
     black_and_white[1] = 255
     for where, part in prompts.items():
         try:
-            reward.judge(black_and_white, [part[0].text] * 2, [part[0].metadata] * 2)
+            panel.try_out(black_and_white, part[:1] * 2)
         except ValueError as error:
             raise ValueError(f"{error} (tried on a prompt of {where})") from error
-    return reward
+    return panel
 
 
 def _checkpoints(run: Path) -> list[Path]:

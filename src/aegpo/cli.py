@@ -320,7 +320,11 @@ def _value(keys: list[str], text: str) -> Any:
 
     from aegpo.config import Config
 
-    if isinstance(functools.reduce(lambda group, key: getattr(group, key, None), keys, Config()), str):
+    if keys == ["reward"] and not text.lstrip().startswith("{"):
+        return text
+    if isinstance(functools.reduce(lambda group, key: getattr(group, key, None), keys, Config()), str) and keys != [
+        "reward"
+    ]:
         return text
     try:
         return yaml.safe_load(text)

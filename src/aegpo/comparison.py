@@ -11,7 +11,7 @@ import numpy as np
 from aegpo.config import Config, eval_steps
 from aegpo.models.base import Denoiser
 from aegpo.report import save_picture
-from aegpo.rewards import Reward
+from aegpo.rewards.panel import Panel
 from aegpo.rollout import draw
 from aegpo.types import Prompt
 
@@ -27,7 +27,7 @@ def compare(
     config: Config,
     model: Denoiser,
     prompts: Sequence[Prompt],
-    judges: Mapping[str, Reward],
+    judges: Mapping[str, Panel],
     folder: Path,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Scores:
@@ -57,14 +57,14 @@ def compare(
     most = config.optimizer.micro_batch
     for part in (prompts[at : at + most] for at in range(0, len(prompts), most)):
         asked = [(prompt, number) for prompt in part for number in range(config.eval_images)]
-        texts, metadata = [prompt.text for prompt, _ in asked], [prompt.metadata for prompt, _ in asked]
+        prompted = [prompt for prompt, _ in asked]
         for policy in POLICIES:
             with model.reference() if policy == "base" else nullcontext():
                 images = draw(model, part, config)
             for image, (prompt, number) in zip(images, asked, strict=True):
                 save_picture(folder / policy / f"{prompt.id:05}-{number}.png", image)
             for name, judge in judges.items():
-                scores[name][policy].append(judge.judge(images, texts, metadata).score)
+                scores[name][policy].append(judge.judge(images, prompted).score)
             progress(len(images))
     shape = len(prompts), config.eval_images
     return {

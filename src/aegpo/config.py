@@ -227,9 +227,27 @@ class Advantage:
     """Added to the standard deviation."""
     clip: Positive = 5.0
     """Bound on an advantage's size."""
+    combine: Literal["rewards", "advantages", "gdpo"] = "rewards"
+    """Of several rewards: take advantages of their weighted sum (Flow-GRPO); take the weighted sum of each one's
+    advantages (MixGRPO); or divide that once more by its deviation over the step (GDPO, arXiv 2601.05242)."""
     best_of: Size = 0
     """Train on so many rollouts of a group only, the best and the worst (DanceGRPO; on a tree, BranchGRPO's width
     pruning); 0: on all."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Checks:
+    """What happens where a reward cannot be right: the run stops; the groups concerned teach nothing in that step and
+    count in no mean (`drop`); or it goes on (`warn`). Whatever it was, the terminal and the report say it."""
+
+    failed: Literal["stop", "drop"] = "stop"
+    """It raised an error, or did not answer with one number an image."""
+    not_finite: Literal["stop", "drop"] = "stop"
+    """A number is infinite or none at all."""
+    out_of_range: Literal["stop", "drop", "warn"] = "warn"
+    """A number lies outside of the reward's range."""
+    constant: Literal["stop", "warn"] = "warn"
+    """It says the same number of every image in 20 groups in a row."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -310,9 +328,12 @@ class Config:
 
     model: Model = Model()
     prompts: Prompts = Prompts()
-    reward: str = "world"
-    """`world`; a scorer whose files come from the Hub or, as in `pickscore=FOLDER`, from a folder: clipscore, hpsv21,
-    imagereward or pickscore; or a function of your own: `my_reward.py:score` or `my_package.module:score`."""
+    reward: str | dict[str, Any] = "world"
+    """One reward by name: one that is shipped (docs/rewards.md), such as `pickscore` or `remote=http://host:8123`, or a
+    function or class of your own, `my_reward.py:score` or `my_package.module:score`. Or several, each with its weight,
+    or with `weight` and settings of its own: `{pickscore: 1, ocr: {weight: 0.5}}`. One of weight 0 is asked in
+    evaluations alone."""
+    reward_checks: Checks = Checks()
     algorithm: str = "aegpo-fast"
     """The named variant: flow-grpo, flow-grpo-fast, dance-grpo, mix-grpo, mix-grpo-flash, branch-grpo, tempflow-grpo,
     grpo-guard, flow-dppo, e-grpo, diffusion-nft, awm, ram, dgpo, online-dpo, ddpo, aegpo, aegpo-fast or aegpo-paper
@@ -372,6 +393,31 @@ def resolve(*layers: dict[str, Any]) -> Config:
 def eval_steps(config: Config) -> int:
     """Denoising steps of what is drawn to be looked at: evaluations, and the pictures of `sample`."""
     return config.eval_steps or config.sampler.steps
+
+
+def reward_terms(reward: str | dict[str, Any]) -> dict[str, tuple[float, dict[str, Any]]]:
+    """The weight and the settings of each reward, by name; raises ValueError where they cannot be read."""
+    if isinstance(reward, str):
+        return {reward: (1.0, {})}
+    terms = {}
+    for name, value in reward.items():
+        settings = dict(value) if isinstance(value, dict) else {"weight": value}
+        weight = settings.pop("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ValueError(
+                f"reward: {name}: should be a weight, as in {{{name}: 0.5}}, or settings with a `weight` among them, "
+                f"got {weight!r}"
+            )
+        terms[str(name)] = float(weight), settings
+    if not any(weight for weight, _ in terms.values()):
+        raise ValueError("reward: none has a weight other than 0, so nothing would be learned from; give one of them 1")
+    return terms
+
+
+def reward_label(reward: str | dict[str, Any]) -> str:
+    """The rewards in a few words, as in `pickscore + 0.5 ocr`; those of evaluations alone are left out."""
+    parts = {name: weight for name, (weight, _) in reward_terms(reward).items() if weight}
+    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts.items())
 
 
 def needs_probe(config: Config) -> bool:
@@ -514,6 +560,7 @@ def _check_budget(config: Config) -> None:
                 f"rollouts_per_step: {rollouts} rollouts cannot be split into {low} to {high} for each of {prompts} "
                 f"prompts; ask for {prompts * low} to {prompts * high}"
             )
+    reward_terms(config.reward)
     _check_sampler(config)
     _check_exploration(config)
     _check_reference(config)
@@ -633,6 +680,8 @@ def _check_exploration(config: Config) -> None:
 def _one_line(error: ValidationError) -> str:
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"] if not re.search("[^a-z_0-9]", str(part)))
+    if name == "reward" or name.startswith("reward."):
+        return f"reward: should be a name, or weights by name, as in {{pickscore: 1, ocr: 0.5}}, got {first['input']!r}"
     if name.startswith("model.resolution"):
         return f"model.resolution: should be a whole number of pixels, or [height, width], got {first['input']!r}"
     if first["type"] == "tuple_type":

@@ -8,15 +8,15 @@ import numpy as np
 from aegpo.config import Config
 from aegpo.models.base import Denoiser
 from aegpo.report import save_grid
-from aegpo.rewards import Reward
+from aegpo.rewards.panel import Panel
 from aegpo.rollout import draw
-from aegpo.types import Judgement, Prompt
+from aegpo.types import Prompt, Verdict
 
 SHOWN = 24  # pictures in a grid of samples
 
 
 def evaluate(
-    config: Config, model: Denoiser, held_out: Sequence[Prompt], reward: Reward, grid: Path | None = None
+    config: Config, model: Denoiser, held_out: Sequence[Prompt], reward: Panel, grid: Path | None = None
 ) -> dict[str, float]:
     """Draw `eval_images` pictures of each held-out prompt by ODE and judge them.
 
@@ -29,7 +29,7 @@ def evaluate(
 
     Returns:
         `eval/reward_mean`, and `eval/pass_rate` where the reward has a strict verdict; both again by task where the
-        prompts have one.
+        prompts have one; of several rewards each one's own, `eval/reward_mean/NAME` and `eval/pass_rate_of/NAME`.
     """
     images, asked, judged = draw_and_judge(config, model, held_out, reward)
     if grid:
@@ -45,12 +45,12 @@ def evaluate(
 
 
 def draw_and_judge(
-    config: Config, model: Denoiser, prompts: Sequence[Prompt], reward: Reward
-) -> tuple[np.ndarray, list[Prompt], Judgement]:
+    config: Config, model: Denoiser, prompts: Sequence[Prompt], reward: Panel
+) -> tuple[np.ndarray, list[Prompt], Verdict]:
     """`eval_images` pictures of each prompt, uint8 (n, H, W, 3), the prompt of each, and what the reward says of it."""
     images = draw(model, prompts, config)
     asked = [prompt for prompt in prompts for _ in range(config.eval_images)]
-    return images, asked, reward.judge(images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
+    return images, asked, reward.judge(images, asked)
 
 
 def stills(images: np.ndarray) -> np.ndarray:
@@ -66,13 +66,25 @@ def evenly_spaced(count: int, most: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(most, count)).round().astype(int)
 
 
-def _means(judged: Judgement, tasks: Sequence[str | None]) -> dict[str, float]:
-    metrics = {"eval/reward_mean": float(judged.score.mean())}
-    if judged.passed is not None:
-        metrics["eval/pass_rate"] = float(judged.passed.mean())
+def _means(judged: Verdict, tasks: Sequence[str | None]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+
+    def take(places: np.ndarray, reward: str, pass_rate: str) -> None:
+        if places.any():
+            metrics[reward] = float(judged.score[places].mean())
+            if judged.passed is not None:
+                metrics[pass_rate] = float(judged.passed[places].mean())
+
+    if not judged.kept.any():
+        raise ValueError("reward: of the held-out prompts' pictures none could be judged")
+    take(judged.kept, "eval/reward_mean", "eval/pass_rate")
     for task in dict.fromkeys(task for task in tasks if task):
         here = np.array([other == task for other in tasks])
-        metrics[f"eval/reward/{task}"] = float(judged.score[here].mean())
-        if judged.passed is not None:
-            metrics[f"eval/pass_rate/{task}"] = float(judged.passed[here].mean())
+        take(judged.kept & here, f"eval/reward/{task}", f"eval/pass_rate/{task}")
+    for name, said in judged.parts.items() if len(judged.parts) > 1 else ():
+        finite = np.isfinite(said.score)
+        if finite.any():
+            metrics[f"eval/reward_mean/{name}"] = float(said.score[finite].mean())
+            if said.passed is not None:
+                metrics[f"eval/pass_rate_of/{name}"] = float(said.passed[finite].mean())
     return metrics

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from aegpo.types import Plan, Rollouts, Signals
+from aegpo.types import Plan, Rollouts, Signals, Verdict
 
 
 def write(run: Path, metrics: dict[str, Any]) -> None:
@@ -53,17 +55,23 @@ def fingerprint(*settings: Any) -> str:
 
 
 def describe(
-    plan: Plan, rollouts: Rollouts, signals: Signals | None, scores: Tensor, advantage: Tensor
+    plan: Plan, rollouts: Rollouts, signals: Signals | None, verdict: Verdict, advantage: Tensor
 ) -> dict[str, Any]:
     """What a step's plan was, and what it brought, as plain numbers; `advantage` is (n, N)."""
     silent = len(plan.rollouts) - len(rollouts.group[(advantage != 0).any(1)].unique())
+    scores = verdict.score[verdict.kept]
     metrics = {
-        "reward/mean": scores.mean().item(),
-        "reward/std": scores.std(correction=0).item(),
+        "reward/mean": float(scores.mean()) if len(scores) else None,
+        "reward/std": float(scores.std()) if len(scores) else None,
+        "dropped_groups": len(rollouts.group[torch.from_numpy(~verdict.kept)].unique()),
         "allocation": plan.rollouts.tolist(),
         "explored_steps": rollouts.courses.explored.sum(0).tolist(),
         "zero_advantage_groups": silent,
     }
+    for name, said in verdict.parts.items() if len(verdict.parts) > 1 else ():
+        finite = said.score[np.isfinite(said.score)]
+        metrics[f"reward/{name}/mean"] = float(finite.mean()) if len(finite) else None
+        metrics[f"reward/{name}/std"] = float(finite.std()) if len(finite) else None
     if signals is not None:
         metrics |= {
             "entropy": signals.entropy.mean(0).tolist(),

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -48,6 +49,8 @@ def collect(
     trunk: Trunk | None = None,
     progress: Callable[[int], None] = lambda _: None,
     purpose: int = ROLLOUT,
+    parts: int = 1,
+    finished: Callable[[np.ndarray, Tensor], None] = lambda images, places: None,
 ) -> Rollouts:
     """Draw the rollouts that the plan asks for, and keep what they explored.
 
@@ -68,6 +71,8 @@ def collect(
         trunk: the prompts' noiseless trajectories, at least to where rollouts leave them.
         progress: told how many more of the n N denoising steps are done.
         purpose: what the rollouts are for, a part of every noise's key too.
+        parts: in how many parts the prompts are drawn, at most, one after another; each fills a batch.
+        finished: told the images of a part, uint8 (k, H, W, 3), and their places, int64 (k,), as soon as it is drawn.
 
     Returns:
         The images, in the order of `plan.group`, their ways, and what was explored.
@@ -88,12 +93,12 @@ def collect(
         leaves[on_trunk] = courses.leaves[on_trunk]
         x[on_trunk] = trunk.latents[prompt[on_trunk], leaves[on_trunk]]
 
-    rows, kept = [], []
+    rows, kept, images = [], [], []
     last_noise = (courses.noisy * torch.arange(1, sampler.steps + 1)).amax(1)  # the point after the last noisy step
     clean, sigma_before = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.float64)  # what a solver remembers
-    for at in range(sampler.steps):
+    for members, at in product(_parts(plan, parts, most), range(sampler.steps)):
         lands = courses.lands[:, at]
-        walks = (leaves <= at) & (lands > 0)
+        walks = members & (leaves <= at) & (lands > 0)
         to_train = walks & courses.trained[:, at] & (courses.node[everyone, lands] == everyone)
         keeps = torch.zeros_like(walks)
         if config.optimizer.keep_graphs and sampler.kind != "ode":
@@ -111,7 +116,7 @@ def collect(
                 graph[part] = sum(map(len, kept)) + torch.arange(len(part))
                 kept.append(predicted)
             progress(len(part))
-        progress(len(x) - int(computed.sum()))
+        progress(int(members.sum()) - int(computed.sum()))
         velocity, graph = velocity[courses.node[:, at]], graph[courses.node[:, at]]
 
         x_next = x.clone()
@@ -132,13 +137,18 @@ def collect(
             step_of = torch.full_like(own, at)
             rows.append(_rows(x[own], x_next[own], velocity[own], step_of, lands[own], prompt, own, weight, graph[own]))
         x = x_next
+        if at == sampler.steps - 1:
+            places = members.nonzero().flatten()
+            images.append(np.concatenate([model.decode(part) for part in x[places].split(most)]))
+            finished(images[-1], places)
     if sampler.kind == "ode":
         rows, kept = revisit(model, x, conditions, prompt, plan, config, courses, fresh)
     transitions = Transitions(**{name: torch.cat([getattr(row, name) for row in rows]) for name in vars(rows[0])})
+    if len(images) > 1 and sampler.kind != "ode":
+        transitions = transitions[transitions.step.argsort(stable=True)]  # as if all had been drawn in one part
     together = transitions.prompt * sampler.steps + transitions.step
     unit = together if config.loss.kind in GROUP_LOSSES else torch.arange(len(transitions))
-    images = np.concatenate([model.decode(part) for part in x.split(most)])
-    return Rollouts(images, prompt, courses, replace(transitions, unit=unit), tuple(kept))
+    return Rollouts(np.concatenate(images), prompt, courses, replace(transitions, unit=unit), tuple(kept))
 
 
 @torch.no_grad()
@@ -233,6 +243,19 @@ def _first_latents(model: Denoiser, keys: Sequence[tuple[int, ...]], sigmas: Ten
     """
     drawn = torch.stack([noise(model.latent_shape, *key, device=model.device) for key in keys])
     return drawn * math.hypot(sigmas[0].item(), 1 - sigmas[0].item())
+
+
+def _parts(plan: Plan, parts: int, most: int) -> list[Tensor]:
+    """The rollouts in at most `parts` parts, bool (n,) each: of whole prompts in turn, at least `most` in each."""
+    least = max(most, math.ceil(int(plan.rollouts.sum()) / parts))
+    part, held, of_prompt = 0, 0, []
+    for count in plan.rollouts.tolist():
+        if held >= least:
+            part, held = part + 1, 0
+        of_prompt.append(part)
+        held += count
+    of_rollout = torch.tensor(of_prompt)[plan.group]
+    return [of_rollout == number for number in range(part + 1)]
 
 
 def _batches(which: Tensor, most: int) -> Sequence[Tensor]:

@@ -10,7 +10,7 @@ from aegpo.adapt.memory import Memory
 from aegpo.config import SPREAD_PROMPTS, SPREAD_ROLLOUTS, Config, Exploration, with_noise
 from aegpo.models.base import Denoiser
 from aegpo.models.probe import AttentionProbe
-from aegpo.rewards import Reward
+from aegpo.rewards.panel import Panel
 from aegpo.rollout import SPREAD, collect, denoise, joined, own_latents, walk_trunk
 from aegpo.types import Conditions, Plan, Prompt, Signals, Trunk
 
@@ -70,7 +70,7 @@ def reward_spread(
     model: Denoiser,
     prompts: Sequence[Prompt],
     conditions: Conditions,
-    reward: Reward,
+    reward: Panel,
     config: Config,
     step: int,
     visit: int,
@@ -97,8 +97,7 @@ def reward_spread(
     asked = [prompts[i] for i in owner.tolist()]
     drawn = collect(model, asked, conditions[owner], plan, shared, step, trunk[owner], purpose=SPREAD)
     judged = [asked[i] for i in drawn.group.tolist()]
-    scores = reward.judge(
-        drawn.images, [prompt.text for prompt in judged], [prompt.metadata for prompt in judged]
-    ).score
-    spread = torch.from_numpy(scores).double().reshape(few, steps - 1, SPREAD_ROLLOUTS).std(2, correction=0).mean(0)
-    return torch.cat([spread, spread.new_zeros(1)])
+    scores = reward.judge(drawn.images, judged, drawn.group.tolist(), training=True).score
+    spread = torch.from_numpy(scores).double().reshape(few, steps - 1, SPREAD_ROLLOUTS).std(2, correction=0)
+    mean = spread.nanmean(0).nan_to_num()  # over the groups that are kept
+    return torch.cat([mean, mean.new_zeros(1)])

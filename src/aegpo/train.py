@@ -4,6 +4,7 @@ It knows no algorithm by name. A variant is a choice of sampler, allocation, exp
 (`aegpo.algorithms`), and arrives here as settings.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,18 +19,19 @@ from torch import Tensor, nn
 from aegpo import checkpoint, logbook
 from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan, remember
-from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_spread, ratio_tolerance
+from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_spread, ratio_tolerance, reward_terms
 from aegpo.data import ahead, draw
 from aegpo.evaluation import evaluate
 from aegpo.math.advantages import best_of, node_returns, tree_advantages
 from aegpo.models.base import Denoiser, acting
 from aegpo.objective import objective, predict_again
 from aegpo.optimizer import make_optimizer
-from aegpo.rewards import Reward
+from aegpo.rewards.panel import Inquiry, Panel
 from aegpo.rollout import collect, shared_trunk
 from aegpo.signals import probe, reward_spread
 from aegpo.types import Conditions, Courses, Prompt, Transitions
 
+PARTS = 8  # in which rollouts are drawn, at most, where rewards elsewhere judge one while the next is drawn
 SHUFFLE = 3  # what a random choice is for: the first number of its key
 
 
@@ -54,7 +56,7 @@ def train(
     model: Denoiser,
     prompts: Sequence[Prompt],
     held_out: Sequence[Prompt],
-    reward: Reward,
+    reward: Panel,
     run: Path,
     display: Display,
     resume: Path | None = None,
@@ -90,6 +92,8 @@ def train(
             with acting(model, average.shadow_params if average and average.optimization_step else None):
                 metrics |= evaluate(config, model, held_out, reward, run / "samples" / f"step-{step:06d}.png")
                 logbook.put(run, model.save)
+        if troubles := reward.troubles():
+            metrics["reward_troubles"] = [vars(trouble) for trouble in troubles]
         metrics = {"step": step, "seconds": time.monotonic() - began, "forwards": model.forwards, **metrics}
         logbook.write(run, metrics)
         display.step(metrics)
@@ -128,13 +132,14 @@ def train(
             if config.sampler.shared_noise and trunk is None:
                 trunk = shared_trunk(model, batch, conditions, plan, config, step, visit)
             display.begin("rollouts", int(plan.rollouts.sum()) * config.sampler.steps)
-            rollouts = collect(model, batch, conditions, plan, config, step, trunk, display.advance)
+            inquiry = Inquiry(reward, [batch[i] for i in plan.group.tolist()], plan.group.tolist())
+            parts = PARTS if reward.elsewhere else 1
+            given = model, batch, conditions, plan, config, step, trunk, display.advance
+            rollouts = collect(*given, parts=parts, finished=inquiry.ask)
 
-        asked = [batch[i] for i in rollouts.group.tolist()]
-        judged = reward.judge(rollouts.images, [prompt.text for prompt in asked], [prompt.metadata for prompt in asked])
-        scores = torch.from_numpy(judged.score)
-        remember(config, batch, scores, rollouts.group, memory)
-        advantage, taught = credit(config, scores, rollouts.group, rollouts.courses)
+        verdict = inquiry.verdict()
+        remember(config, batch, torch.from_numpy(verdict.score), rollouts.group, memory)
+        advantage, taught = credit(config, verdict.rewards, rollouts.group, rollouts.courses)
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(config, step)
         rows = rollouts.transitions.judged(advantage, taught)
@@ -145,8 +150,8 @@ def train(
         if average:
             take_average(average, config, model, step)
 
-        about = {"prompts": texts, "rollouts": len(scores)}
-        record(step + 1, about | logbook.describe(plan, rollouts, signals, scores, advantage) | learned)
+        about = {"prompts": texts, "rollouts": len(rollouts.group)}
+        record(step + 1, about | logbook.describe(plan, rollouts, signals, verdict, advantage) | learned)
         if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
             save(step + 1)
 
@@ -154,7 +159,7 @@ def train(
 # ---------------------------------------------------------------- credit
 
 
-def credit(config: Config, scores: Tensor, group: Tensor, courses: Courses) -> tuple[Tensor, Tensor]:
+def credit(config: Config, rewards: Tensor, group: Tensor, courses: Courses) -> tuple[Tensor, Tensor]:
     """What each rollout's explored steps have to do with its reward.
 
     A step is judged by where it landed: the mean reward of all rollouts that passed there, beside those of the others
@@ -163,7 +168,8 @@ def credit(config: Config, scores: Tensor, group: Tensor, courses: Courses) -> t
 
     Args:
         config: a resolved config.
-        scores: (n,), the rewards.
+        rewards: (n, k), of each rollout by each reward that has a weight, or (n,) by one; not a number throughout a
+            group that is to teach nothing.
         group: int64 (n,), the prompt of each rollout.
         courses: their ways.
 
@@ -172,11 +178,26 @@ def credit(config: Config, scores: Tensor, group: Tensor, courses: Courses) -> t
         (n, N): those that are trained, and lead to a rollout among the best and worst, if only these are kept.
     """
     how = config.advantage
-    advantage = tree_advantages(scores, group, courses.children, std=how.std, ddof=how.ddof, eps=how.eps, clip=how.clip)
+    weights = torch.tensor([weight for weight, _ in reward_terms(config.reward).values() if weight])
+    rewards = rewards.reshape(len(group), -1)
+    kept = rewards.isfinite().all(1)
+    advantage = torch.zeros(courses.children.shape)
+    if not kept.any():
+        return advantage, courses.trained
+    rewards, group, children = rewards[kept], group[kept], courses.children[kept]
+    score = rewards @ weights.to(rewards)
+    judged = (score[:, None], weights.new_ones(1)) if how.combine == "rewards" else (rewards, weights)
+    total = torch.zeros(children.shape)
+    for one, weight in zip(judged[0].unbind(1), judged[1].tolist(), strict=True):
+        total += weight * tree_advantages(one, group, children, how.std, how.ddof, how.eps, clip=math.inf)
+    if how.combine == "gdpo":
+        total /= total[children >= 0].square().mean().sqrt() + how.eps
+    advantage[kept] = total.clamp(-how.clip, how.clip)
     if not how.best_of:
         return advantage, courses.trained
-    kept = best_of(scores, group, how.best_of)
-    return advantage, courses.trained & (node_returns(kept.double(), courses.children) > 0)
+    stays = torch.zeros(len(kept), dtype=torch.bool)
+    stays[kept] = best_of(score, group, how.best_of)
+    return advantage, courses.trained & (node_returns(stays.double(), courses.children) > 0)
 
 
 # ---------------------------------------------------------------- update

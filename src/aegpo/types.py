@@ -3,6 +3,7 @@
 Shape letters: P prompts of a step, N denoising steps, n rollouts of all prompts together, m rows: explored transitions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -217,6 +218,58 @@ class Judgement:
 
     score: np.ndarray
     passed: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What all rewards together said of n images.
+
+    Attributes:
+        score: float32 (n,), the sum of the rewards by their weights; not a number where it is not `kept`.
+        passed: bool (n,), whether it passes by all that have a strict verdict and a weight; None if none has.
+        parts: what each reward said, by name.
+        kept: bool (n,), whether it may be learned from and counted; a group is kept whole or not at all.
+    """
+
+    score: np.ndarray
+    passed: np.ndarray | None
+    parts: dict[str, Judgement]
+    kept: np.ndarray
+
+    @property
+    def rewards(self) -> Tensor:
+        """Of each reward, float32 (n, k); not a number where it is not `kept`."""
+        each = np.stack([said.score for said in self.parts.values()], 1)
+        return torch.from_numpy(np.where(self.kept[:, None], each, np.float32(np.nan)))
+
+    @staticmethod
+    def joined(verdicts: "Sequence[Verdict]") -> "Verdict":
+        """Verdicts on other images by the same rewards, one after another."""
+        parts = {name: _joined([verdict.parts[name] for verdict in verdicts]) for name in verdicts[0].parts}
+        whole = _joined([Judgement(verdict.score, verdict.passed) for verdict in verdicts])
+        return Verdict(whole.score, whole.passed, parts, np.concatenate([verdict.kept for verdict in verdicts]))
+
+
+def _joined(said: Sequence[Judgement]) -> Judgement:
+    passed = [one.passed for one in said if one.passed is not None]
+    return Judgement(np.concatenate([one.score for one in said]), np.concatenate(passed) if passed else None)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A reward that cannot be right.
+
+    Attributes:
+        reward: its name.
+        kind: `failed`, `not_finite`, `out_of_range` or `constant`.
+        images: of how many.
+        what: the first of them, in one line.
+    """
+
+    reward: str
+    kind: str
+    images: int
+    what: str
 
 
 @dataclass(frozen=True)

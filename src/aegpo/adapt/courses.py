@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aegpo.config import Config, explorable
+from aegpo.config import Config, Sampler, explorable
 from aegpo.math.transitions import transition
 from aegpo.types import Courses, Plan, Prompt
 
@@ -45,7 +45,10 @@ def lay_out(plan: Plan, config: Config, prompts: Sequence[Prompt], sigmas: Tenso
                 node[group == p] = alone[group == p][_tree(plan.explored[p], int(plan.rollouts[p]))]
             explored[:, room.start : room.stop] = True
     without_noise = config.sampler.kind == "ode"
-    ways = [_way(tuple(row), config, tuple(sigmas.tolist())) for row in (explored & (not without_noise)).tolist()]
+    ways = [
+        _way(tuple(row), config.sampler, config.exploration.merge, tuple(sigmas.tolist()))
+        for row in (explored & (not without_noise)).tolist()
+    ]
     lands, noisy = torch.tensor([way[0] for way in ways]), torch.tensor([way[1] for way in ways])
     explored = explored if without_noise else noisy
     keys = [
@@ -84,7 +87,9 @@ def _children(node: range, left: int) -> list[range]:
 
 
 @cache
-def _way(noisy: tuple[bool, ...], config: Config, sigmas: tuple[float, ...]) -> tuple[list[int], list[bool]]:
+def _way(
+    noisy: tuple[bool, ...], sampler: Sampler, least: float | None, sigmas: tuple[float, ...]
+) -> tuple[list[int], list[bool]]:
     """Where each step lands and whether it is noisy, once steps are merged and those after the last noisy one fewer."""
     steps, at = len(noisy), 0
     lands, takes_noise = [0] * steps, [False] * steps
@@ -92,9 +97,9 @@ def _way(noisy: tuple[bool, ...], config: Config, sigmas: tuple[float, ...]) -> 
         if at > max((i for i in range(steps) if noisy[i]), default=steps):
             break
         takes_noise[at] = noisy[at]
-        lands[at] = _merged(at, config, sigmas) if noisy[at] else at + 1
+        lands[at] = _merged(at, sampler, least, sigmas) if noisy[at] else at + 1
         at = lands[at]
-    few = max(1, int((steps - at) * config.sampler.compress))
+    few = max(1, int((steps - at) * sampler.compress))
     points = [at + (steps - at) * i // few for i in range(few + 1)]
     for here, there in itertools.pairwise(points):
         if here < steps:
@@ -102,12 +107,11 @@ def _way(noisy: tuple[bool, ...], config: Config, sigmas: tuple[float, ...]) -> 
     return lands, takes_noise
 
 
-def _merged(at: int, config: Config, sigmas: tuple[float, ...]) -> int:
+def _merged(at: int, sampler: Sampler, least: float | None, sigmas: tuple[float, ...]) -> int:
     """The first point after `at` to which a step takes noise of enough entropy (E-GRPO, arXiv 2601.00423).
 
     The last point is never reached so: the step onto it is deterministic.
     """
-    least, sampler = config.exploration.merge, config.sampler
     if least is None:
         return at + 1
     one = torch.zeros(1, 1, dtype=torch.float64)

@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from aegpo.config import Config, Model, explored_steps, largest_batch
+from aegpo.config import Config, Model, explored_steps, largest_batch, reward_terms
 from aegpo.models import UNUSED, _family, _index, family_name, lora
 from aegpo.models.base import PIXELS, Family
 from aegpo.models.blocks import repeated
@@ -157,7 +157,7 @@ def estimate(config: Config, outline: Outline) -> dict[str, int]:
         "activations": at_once * row + forwards * fixed + batch * block,
         "latents": 4 * math.prod(shape) * latents,
         "decoding": max(decoding(outline, drawn), drawn * (row if settings.compile else block)),
-        "reward": int(4 * JUDGES.get(config.reward.partition("=")[0], 0)),
+        "reward": int(4 * sum(JUDGES.get(name, 0) for name in _judges(config))),
         "text encoders": outline.dtype.itemsize * sum(count(encoder) for encoder in outline.encoders),
     }
 
@@ -187,6 +187,10 @@ def refuse_too_small(parts: dict[str, int], config: Config) -> None:
     )
 
 
+def _judges(config: Config) -> list[str]:
+    return [name.partition("=")[0] for name in reward_terms(config.reward)]
+
+
 def _smaller(part: str, config: Config) -> list[str]:
     """The settings that make a part smaller, as one would write them; those that are set so already are left out."""
     model, how = config.model, config.optimizer
@@ -197,7 +201,7 @@ def _smaller(part: str, config: Config) -> list[str]:
     half = (model.dtype == "float32", "model.dtype bfloat16")
     size = (True, "a smaller model.resolution")
     known = {
-        "reward": ((config.reward.partition("=")[0] in JUDGES, "another reward"),),
+        "reward": ((any(name in JUDGES for name in _judges(config)), "another reward"),),
         "weights": (adapter, half, few),
         "trained": (adapter, rank),
         "optimizer": (adapter, (how.kind == "adamw", "optimizer.kind adamw_8bit"), rank),

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from aegpo.config import Config
+from aegpo.config import Config, reward_label
 from aegpo.report.html import rendered
 from aegpo.report.records import write_whole
 
@@ -31,7 +31,7 @@ def write_analysis(folder: Path, config: Config, name: str, measured: dict[str, 
     about = {
         "name": name,
         "model": config.model.path,
-        "reward": config.reward,
+        "reward": reward_label(config.reward),
         "prompt_file": config.prompts.eval,
         "seed": config.seed,
         "steps": config.sampler.steps,

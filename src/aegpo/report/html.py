@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from aegpo.algorithms import PAPERS
+from aegpo.config import reward_label
 from aegpo.report.images import Sample, read_samples, sample_names
 from aegpo.report.records import (
     Change,
@@ -145,6 +146,8 @@ class _Table:
 
 def _facts(record: RunRecord) -> dict[str, str]:
     values = {label: record.setting(key) for label, key in FACTS.items()}
+    if isinstance(values["Reward"], dict):
+        values["Reward"] = reward_label(values["Reward"])
     return {label: str(value) for label, value in values.items() if isinstance(value, str | int | float)}
 
 

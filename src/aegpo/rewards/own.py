@@ -27,7 +27,7 @@ def load_own(name: str, settings: Mapping[str, Any]) -> Reward:
     Raises:
         ValueError: there is no such file or name, it cannot be imported, or it does not take these settings.
     """
-    found = _import(name)
+    found: Any = _import(name)
     if isinstance(found, Reward):
         if settings:
             raise ValueError(f"reward: {name} takes no settings but range, and {next(iter(settings))} was given")

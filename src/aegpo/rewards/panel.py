@@ -1,0 +1,209 @@
+"""All rewards of a run together: asked at once, checked, and summed by their weights."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from aegpo.config import Checks, Config, reward_terms
+from aegpo.rewards import Reward, load
+from aegpo.types import Judgement, Prompt, Trouble, Verdict
+
+CONSTANT = 20  # groups in a row in which a reward says the same number of every image
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a reward said of n images; where it `failed`, bool (n,), the score is not a number and `error` says why."""
+
+    said: Judgement
+    failed: np.ndarray
+    error: str
+
+
+class Panel:
+    """The rewards of a run.
+
+    Args:
+        terms: each reward, by name, and its weight; one of weight 0 is asked in evaluations alone.
+        checks: what happens where one of them cannot be right.
+    """
+
+    def __init__(self, terms: Mapping[str, tuple[Reward, float]], checks: Checks) -> None:
+        self.terms, self.checks = terms, checks
+        self.elsewhere = any(reward.elsewhere for reward, weight in terms.values() if weight)
+        self._met: list[Trouble] = []
+        self._alike: dict[str, tuple[float, int]] = {}  # what a reward said of all images in so many groups in a row
+        self._pool = ThreadPoolExecutor(thread_name_prefix="reward")
+
+    def judge(
+        self, images: np.ndarray, asked: Sequence[Prompt], group: Sequence[int] | None = None, training: bool = False
+    ) -> Verdict:
+        """Ask, and wait for the answer; see `ask`."""
+        return self.ask(images, asked, group, training)()
+
+    def ask(
+        self, images: np.ndarray, asked: Sequence[Prompt], group: Sequence[int] | None = None, training: bool = False
+    ) -> Callable[[], Verdict]:
+        """Ask all rewards; those elsewhere work on their answers from now on, the others have answered on return.
+
+        Args:
+            images: uint8 (n, H, W, 3), or videos (n, frames, H, W, 3).
+            asked: n, the prompt of each.
+            group: n, the group of each, all of which are here; by default, the prompt's id.
+            training: whether to leave out rewards of weight 0.
+
+        Returns:
+            A function that waits for the answers and checks them; it raises ValueError where a check says `stop`.
+        """
+        group = [prompt.id for prompt in asked] if group is None else list(group)
+        pending: dict[str, Callable[[], _Answer]] = {}
+        for name, (reward, weight) in self.terms.items():
+            if not weight and training:
+                continue
+            ask = partial(_answer, reward, images, asked, group)
+            pending[name] = self._pool.submit(ask).result if reward.elsewhere else partial(_as_it_is, ask())
+        return partial(self._verdict, pending, asked, group)
+
+    def try_out(self, images: np.ndarray, asked: Sequence[Prompt]) -> None:
+        """Raise ValueError for a reward that fails on these, whatever the checks say of failures."""
+        for reward, _ in self.terms.values():
+            answer = _answer(reward, images, asked, [0] * len(images))
+            if answer.error:
+                raise ValueError(answer.error)
+
+    def troubles(self) -> list[Trouble]:
+        """What was met since this was last asked for."""
+        met, self._met = self._met, []
+        return met
+
+    def watch(self, verdict: Verdict, group: Sequence[int]) -> None:
+        """Look for a reward that says the same of every image, step after step.
+
+        Args:
+            verdict: on all images of a training step.
+            group: n, the group of each.
+        """
+        for name, said in verdict.parts.items():
+            for members in _members(group):
+                value, groups = self._alike.get(name, (np.nan, 0))
+                scores = said.score[members]
+                alike = (scores == scores[0]).all()
+                groups = groups + 1 if alike and scores[0] == value else int(alike)
+                if groups == CONSTANT:
+                    what = f"reward {name} said {scores[0]:g} of every image in {CONSTANT} groups in a row"
+                    self._meet(name, "constant", len(scores), what)
+                    groups = 0
+                self._alike[name] = scores[0], groups
+
+    def _verdict(
+        self, pending: Mapping[str, Callable[[], _Answer]], asked: Sequence[Prompt], group: Sequence[int]
+    ) -> Verdict:
+        parts: dict[str, Judgement] = {}
+        score, kept = np.zeros(len(asked), np.float32), np.ones(len(asked), bool)
+        for name, wait in pending.items():
+            answer, weight = wait(), self.terms[name][1]
+            parts[name] = answer.said
+            kept &= self._checked(name, answer, asked) | (weight == 0)
+            if weight:
+                score += np.float32(weight) * answer.said.score
+        dropped = {one for one, is_kept in zip(group, kept, strict=True) if not is_kept}
+        kept = np.array([one not in dropped for one in group], bool)
+        verdicts = [said.passed for name, said in parts.items() if said.passed is not None and self.terms[name][1]]
+        passed = np.logical_and.reduce(verdicts) if verdicts else None
+        return Verdict(np.where(kept, score, np.float32(np.nan)), passed, parts, kept)
+
+    def _checked(self, name: str, answer: _Answer, asked: Sequence[Prompt]) -> np.ndarray:
+        """Which of the images may be learned from, bool (n,), as far as this reward goes."""
+        score, (low, high) = answer.said.score, self.terms[name][0].range
+        not_finite = ~np.isfinite(score) & ~answer.failed
+        outside = np.isfinite(score) & ((score < low) | (score > high))
+        for kind, which, rule in (
+            ("failed", answer.failed, ""),
+            ("not_finite", not_finite, "numbers must be finite"),
+            ("out_of_range", outside, f"its range is {low:g} to {high:g}"),
+        ):
+            if count := int(which.sum()):
+                first = int(which.argmax())
+                said = f"reward {name} said {score[first]:g} of an image for {asked[first].text!r:.200}; {rule}"
+                self._meet(name, kind, count, answer.error if kind == "failed" else said)
+        return ~answer.failed & ~not_finite & ~(outside & (self.checks.out_of_range == "drop"))
+
+    def _meet(self, name: str, kind: str, images: int, what: str) -> None:
+        if getattr(self.checks, kind) == "stop":
+            others = "warn" if kind == "constant" else "drop"
+            raise ValueError(f"{what}; reward_checks.{kind} {others} would go on")
+        self._met.append(Trouble(name, kind, images, what))
+
+
+class Inquiry:
+    """What a panel is asked about the rollouts of a step, some after others.
+
+    Args:
+        panel: of rewards.
+        asked: n, the prompt of each rollout.
+        group: n, the group of each.
+    """
+
+    def __init__(self, panel: Panel, asked: Sequence[Prompt], group: Sequence[int]) -> None:
+        self.panel, self.asked, self.group = panel, asked, group
+        self._answers: list[Callable[[], Verdict]] = []
+
+    def ask(self, images: np.ndarray, places: Tensor) -> None:
+        """Ask about some of them, uint8 (k, H, W, 3), the next k in order, whole groups; `places` is int64 (k,)."""
+        own = places.tolist()
+        self._answers.append(
+            self.panel.ask(images, [self.asked[i] for i in own], [self.group[i] for i in own], training=True)
+        )
+
+    def verdict(self) -> Verdict:
+        """Wait for the answers, and see whether a reward always says the same."""
+        verdict = Verdict.joined([answer() for answer in self._answers])
+        self.panel.watch(verdict, self.group)
+        return verdict
+
+
+def alone(reward: Reward) -> Panel:
+    """A panel of one reward, with the checks that are the default."""
+    return Panel({reward.name: (reward, 1.0)}, Checks())
+
+
+def load_panel(config: Config) -> Panel:
+    """The rewards of a config; raises ValueError where one cannot be had."""
+    terms = reward_terms(config.reward)
+    return Panel({name: (load(name, **own), weight) for name, (weight, own) in terms.items()}, config.reward_checks)
+
+
+def _answer(reward: Reward, images: np.ndarray, asked: Sequence[Prompt], group: Sequence[int]) -> _Answer:
+    """One reward's answer, in one call, or in one a group if it is groupwise."""
+    calls = list(_members(group)) if reward.groupwise else [np.arange(len(images))]
+    score, failed = np.full(len(images), np.nan, np.float32), np.zeros(len(images), bool)
+    passed: np.ndarray | None = None
+    error = ""
+    for places in calls:
+        prompts = [asked[i] for i in places.tolist()]
+        try:
+            said = reward.judge(images[places], [one.text for one in prompts], [one.metadata for one in prompts])
+            if said.score.shape != (len(places),):
+                raise ValueError(f"reward {reward.name} returned shape {said.score.shape} for {len(places)} images")
+        except ValueError as wrong:
+            failed[places], error = True, error or str(wrong)
+            continue
+        score[places] = said.score
+        if said.passed is not None:
+            passed = np.zeros(len(images), bool) if passed is None else passed
+            passed[places] = said.passed
+    return _Answer(Judgement(score, passed), failed, error)
+
+
+def _as_it_is(answer: _Answer) -> _Answer:
+    return answer
+
+
+def _members(group: Sequence[int]) -> Iterable[np.ndarray]:
+    """The places of each group, in the order in which groups begin."""
+    ids = np.asarray(group)
+    return (np.flatnonzero(ids == one) for one in dict.fromkeys(group))
