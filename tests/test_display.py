@@ -29,6 +29,18 @@ def test_without_a_terminal_there_is_a_line_an_evaluation_and_one_when_it_was_qu
     assert lines(-1, monkeypatch) == [first, *between, first.replace("0:", "2:", 1)]
 
 
+def test_a_reward_that_cannot_be_right_is_said_at_once_and_a_step_without_any_has_no_mean(monkeypatch):
+    monkeypatch.setattr(display, "QUIET", -1)
+    file = io.StringIO()
+    trouble = {"reward": "own", "kind": "not_finite", "images": 3, "what": "reward own said nan of an image for [b]"}
+    with Display(2, Console(file=file, width=200)) as shown:
+        shown.step(TRAINED | {"reward/mean": None, "reward_troubles": [trouble]})
+    assert file.getvalue().splitlines() == [
+        "step    1: not_finite (3 images): reward own said nan of an image for [b]",
+        "step    1: (2,400 forwards, 3 s)",
+    ]
+
+
 def test_a_piece_of_work_without_a_terminal_is_a_line_only_when_it_was_quiet_for_long(monkeypatch):
     for quiet, said in [(1000, []), (-1, ["analysis: 1,000 of 1,500", "analysis: 1,500 of 1,500"])]:
         monkeypatch.setattr(display, "QUIET", quiet)

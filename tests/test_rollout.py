@@ -461,6 +461,45 @@ def test_a_tree_is_its_leaves_drawn_one_by_one_and_no_node_twice(model, batch, t
     assert len(rows) == len(seen)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        {"algorithm": "flow-grpo"},
+        {"algorithm": "branch-grpo", "exploration": {"min_distance": 1}},
+        {"algorithm": "tempflow-grpo"},
+        {"algorithm": "aegpo", "optimizer": {"keep_graphs": True}},
+        {"algorithm": "awm", "exploration": {"rule": "entropy_peaks", "k": 2}},
+        {"algorithm": "dgpo"},
+    ],
+    ids=["noise", "tree", "branches", "kept", "matching", "groups"],
+)
+def test_in_parts_the_same_rollouts_are_drawn_and_told_of_in_order(model, layer):
+    config = family(layer, 4)
+    chosen = Plan(torch.tensor([2, 5, 3]), random_plan(1).explored[:3], random_plan(1).weight[:3])
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+    told, done = [], []
+    given = model, PROMPTS, conditions, chosen, config, 3
+    trunk = shared_trunk(model, PROMPTS, conditions, chosen, config, 3, 0) if config.sampler.shared_noise else None
+    whole = collect(*given, trunk)
+    before = model.forwards
+    parts = collect(*given, trunk, done.append, parts=8, finished=lambda *part: told.append(part))
+    assert model.forwards > before and sum(done) == 10 * config.sampler.steps
+    assert [places.tolist() for _, places in told] == [[0, 1, 2, 3, 4, 5, 6], [7, 8, 9]]  # whole prompts, four at least
+    assert (np.concatenate([images for images, _ in told]) == parts.images).all()
+    assert np.abs(parts.images.astype(int) - whole.images).max() <= 1
+    for name, values in vars(parts.transitions).items():
+        other = getattr(whole.transitions, name)
+        if name == "graph":  # numbered part by part
+            predicted = torch.cat(parts.kept) if parts.kept else parts.transitions.velocity
+            used = values >= 0
+            assert torch.equal(used, other >= 0)
+            torch.testing.assert_close(predicted[values[used]].detach(), parts.transitions.velocity[used])
+        elif values.is_floating_point():
+            torch.testing.assert_close(values, other, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(values, other), name
+
+
 def test_branchgrpos_tree_costs_its_203_evaluations_here_too(model):
     config = family({"algorithm": "branch-grpo", "exploration": {"min_distance": 3}}, 96, steps=20)
     explored = torch.zeros(1, 20, dtype=torch.bool)

@@ -985,3 +985,69 @@ def test_ratios_to_another_policy_are_left_as_they_are():
         ValueError, match=r"optimizer\.recompute: under optimizer\.behaviour rollouts are drawn by another"
     ):
         resolve({"algorithm": "awm"}, other, {"optimizer": {"recompute": True}})
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def test_each_reward_is_logged_and_a_group_that_is_dropped_teaches_nothing(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\n"
+        "def bright(images, prompts): return images.mean((1, 2, 3)) / 255\n"
+        "def odd(images, prompts):\n"
+        "    return np.where(np.array(prompts) == 'two squares', np.nan, images[..., 0].mean((1, 2)))\n"
+        "def seen(images, prompts): return np.full(len(images), 7)\n"
+    )
+    (tmp_path / "train.txt").write_text("a red circle\ntwo squares\n")
+    bright, odd, seen = (f"{tmp_path}/own.py:{name}" for name in ("bright", "odd", "seen"))
+    own = config(
+        tmp_path,
+        steps=2,
+        algorithm="flow-grpo",
+        reward={bright: 1, odd: 0.01, seen: 0},
+        reward_checks={"not_finite": "drop"},
+        advantage={"combine": "gdpo"},
+        prompts={"train": str(tmp_path / "train.txt"), "eval": str(tmp_path / "few.jsonl")},
+    )
+    build.run(own)
+    before, *steps = metrics(tmp_path / "run")
+    assert before["eval/reward_mean"] == pytest.approx(
+        before[f"eval/reward_mean/{bright}"] + 0.01 * before[f"eval/reward_mean/{odd}"]
+    )
+    assert before[f"eval/reward_mean/{seen}"] == 7
+    for step in steps:
+        assert step["dropped_groups"] == 1 and step["zero_advantage_groups"] == 1
+        assert step["allocation"] == [5, 5] and step["rows"] == 5 * 3  # of one group alone
+        assert f"reward/{seen}/mean" not in step and step[f"reward/{bright}/std"] > 0
+        [trouble] = step["reward_troubles"]
+        assert trouble["kind"] == "not_finite" and trouble["reward"] == odd and trouble["images"] == 5
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<td>not finite</td><td>2</td><td>10</td>" in page and "numbers must be finite (1)" in page
+    with pytest.raises(ValueError, match=r"said nan of an image for 'two squares'.* drop would go on; to go on from"):
+        build.run(config(tmp_path, "stopped", **{"reward": odd, "prompts": own_prompts(own)}))
+
+
+def own_prompts(own):
+    return {"train": own.prompts.train, "eval": own.prompts.eval}
+
+
+def test_where_all_groups_are_dropped_nothing_moves(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\n"
+        "def odd(images, prompts): return np.where(np.array(prompts) == 'a ring', images.mean((1, 2, 3)), np.nan)\n"
+    )
+    (tmp_path / "train.txt").write_text("a red circle\ntwo squares\n")
+    (tmp_path / "eval.txt").write_text("a ring\n")
+    own = config(
+        tmp_path,
+        steps=1,
+        algorithm="flow-grpo",
+        reward=f"{tmp_path}/own.py:odd",
+        reward_checks={"not_finite": "drop"},
+        prompts={"train": str(tmp_path / "train.txt"), "eval": str(tmp_path / "eval.txt")},
+    )
+    build.run(own)
+    step = metrics(tmp_path / "run")[1]
+    assert step["reward/mean"] is None and step["dropped_groups"] == 2 and step["rows"] == 0 and step["grad_norm"] == 0
+    first, last = (load_file(tmp_path / "run" / f"checkpoint-{n}" / "weights.safetensors") for n in (0, 1))
+    assert all(torch.equal(first[name], last[name]) for name in first)

@@ -47,7 +47,10 @@ class Display:
         now, (then, forwards) = time.monotonic(), self._before
         self._before = (now, metrics["forwards"])
         pace = (metrics["forwards"] - forwards) / max(now - then, 1e-9)
-        note = f"reward {metrics['reward/mean']:.3f}  " if "reward/mean" in metrics else ""
+        mean = metrics.get("reward/mean")  # none where all groups were dropped
+        note = "" if mean is None else f"reward {mean:.3f}  "
+        for trouble in metrics.get("reward_troubles", ()):
+            self._say(f"step {metrics['step']:>4}: {trouble['kind']} ({trouble['images']:,} images): {trouble['what']}")
         self.bars.update(self.whole, completed=metrics["step"], note=f"{note}{pace:,.0f} forwards/s")
         cost = f"({metrics['forwards']:,} forwards, {metrics['seconds']:.0f} s)"
         if "eval/reward_mean" in metrics:
@@ -62,7 +65,7 @@ class Display:
             self._say(line)
 
     def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False)
+        self.console.print(line, highlight=False, markup=False)
         self._said = time.monotonic()
 
 

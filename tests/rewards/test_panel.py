@@ -9,7 +9,7 @@ import torch
 from aegpo.adapt.courses import lay_out
 from aegpo.config import Checks, resolve
 from aegpo.math.advantages import gdpo, group_advantages
-from aegpo.rewards import Reward, load
+from aegpo.rewards import Reward, load, on_frames
 from aegpo.rewards.own import pairwise
 from aegpo.rewards.panel import CONSTANT, Inquiry, Panel, alone
 from aegpo.train import credit
@@ -185,6 +185,16 @@ def test_wins_against_the_others_of_a_group_by_hand():
     score = alone(better).judge(images(1, 2, 3), prompts(0, 0, 0)).score
     assert score.tolist() == [(0.25 + 1) / 2, (0.75 + 0.5) / 2, (0 + 0.5) / 2]
     assert alone(better).judge(images(4), prompts(0)).score.tolist() == [0.5]
+
+
+def test_videos_are_compared_frame_by_frame():
+    def above(pictures, texts, about):
+        return Judgement(pictures[:, 0, 0, 0] - pictures[:, 0, 0, 0].mean(dtype=np.float32))
+
+    videos = np.stack([images(1, 10, 4), images(3, 14, 4)])  # two videos of three frames
+    said = on_frames(above, groupwise=True)(videos, ["a"] * 2, [{}] * 2)
+    assert said.score.tolist() == pytest.approx([-1, 1])  # of frame means 2, 12 and 4: -1, -2, 0 and 1, 2, 0
+    assert said.passed is None
 
 
 def test_a_function_that_is_to_see_a_group_and_one_that_is_async(tmp_path):

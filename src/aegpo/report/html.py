@@ -41,6 +41,7 @@ HEALTH = {
     "Change of entropy": "delta_entropy/mean",
     "Learning rate": "lr",
 }
+KINDS = {"reward_mean": "held-out", "pass_rate_of": "pass rate"}
 TOP_PROMPTS = 8
 PARTS_OF_TRAINING = 4
 
@@ -92,7 +93,9 @@ def _render(record: RunRecord) -> str:
         rollouts=_rollouts(record),
         pictures=_pictures(record),
         speed=_speed(record),
-        health=_health(record),
+        health=_small_curves(record, HEALTH, "health"),
+        rewards=_small_curves(record, _reward_keys(record), "reward"),
+        troubles=_troubles(record),
         config_text=record.config_text,
         env=_flat(record.env),
     )
@@ -280,18 +283,39 @@ def _speed(record: RunRecord) -> dict[str, Any] | None:
     }
 
 
-def _health(record: RunRecord) -> list[dict[str, Any]]:
+def _reward_keys(record: RunRecord) -> dict[str, str]:
+    """Of several rewards each one's mean, in training and on held-out prompts, by what the curve is called."""
+    keys = dict.fromkeys(key for row in record.rows for key in row)
+    ends = {key: key.removeprefix("reward/").removesuffix("/mean") for key in keys if key.startswith("reward/")}
+    own = {name: key for key, name in ends.items() if key == f"reward/{name}/mean"}
+    held_out = [key for key in keys if key.startswith(("eval/reward_mean/", "eval/pass_rate_of/"))]
+    return own | {f"{key.split('/', 2)[2]}, {KINDS[key.split('/')[1]]}": key for key in held_out}
+
+
+def _troubles(record: RunRecord) -> list[dict[str, Any]]:
+    """What was met of rewards that cannot be right: each reward and kind once, with how often and the first of it."""
+    met: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in record.rows:
+        for one in row.get("reward_troubles", ()):
+            first = {"reward": one["reward"], "kind": one["kind"], "what": one["what"], "step": row["step"]}
+            entry = met.setdefault((one["reward"], one["kind"]), first | {"steps": 0, "images": 0})
+            entry["steps"] += 1
+            entry["images"] += one["images"]
+    return [entry | {"kind": entry["kind"].replace("_", " ")} for entry in met.values()]
+
+
+def _small_curves(record: RunRecord, keys: dict[str, str], name: str) -> list[dict[str, Any]]:
     from aegpo.report import plots
 
     drawn = []
-    for number, (label, key) in enumerate(HEALTH.items()):
+    for number, (label, key) in enumerate(keys.items()):
         steps, values = _series(record, key)
         if steps:
             drawn.append(
                 {
                     "label": label,
                     "last": f"{values[-1]:.3g}",
-                    "svg": plots.small_curve(f"health-{number}", steps, values),
+                    "svg": plots.small_curve(f"{name}-{number}", steps, values),
                 }
             )
     return drawn

@@ -82,19 +82,24 @@ def load(name: str, **settings: Any) -> Reward:
         if not low < high:
             raise ValueError(f"reward: {name}: range: should be [lowest, highest], got {limits!r}")
         reward = replace(reward, range=(low, high))
-    return replace(reward, name=name, judge=on_frames(reward.judge))
+    return replace(reward, name=name, judge=on_frames(reward.judge, reward.groupwise))
 
 
-def on_frames(judge: Judge) -> Judge:
+def on_frames(judge: Judge, groupwise: bool = False) -> Judge:
     """The judge, as one of videos too, uint8 (n, frames, H, W, 3): the mean over a few of the frames, evenly spaced.
 
-    A video passes where all of them do.
+    A video passes where all of them do. One that compares sees one frame of each video a call, never two of one.
     """
 
     def of_videos(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
         if images.ndim == 4:
             return judge(images, prompts, metadata)
         chosen = np.linspace(0, images.shape[1] - 1, min(FRAMES, images.shape[1])).round().astype(int)
+        if groupwise:
+            each = [judge(images[:, at], prompts, metadata) for at in chosen]
+            verdicts = [said.passed for said in each if said.passed is not None]
+            score = np.stack([said.score for said in each]).mean(0)
+            return Judgement(score, np.all(verdicts, axis=0) if verdicts else None)
         count = len(chosen)
         frames = images[:, chosen].reshape(-1, *images.shape[2:])
         said = judge(frames, np.repeat(prompts, count).tolist(), [about for about in metadata for _ in range(count)])
