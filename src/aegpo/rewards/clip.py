@@ -1,6 +1,6 @@
 """Cosine similarity of pictures and prompts under a CLIP (arXiv 2103.00020): what three of the scorers are made of."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class Clip:
         self,
         source: Source,
         renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
-        pixels: Callable[[np.ndarray, int], Tensor] = cropped,
+        pixels: Callable[[Iterable[np.ndarray], int], Tensor] = cropped,
     ):
         tensors = source.tensors()
         config = source.config(CLIPConfig)
@@ -53,15 +53,19 @@ class Clip:
             return np.zeros(0, np.float32)
         different = sorted(set(prompts))
         rows = torch.tensor([different.index(prompt) for prompt in prompts], device=device())
-        seen = [self._seen(images[at : at + BATCH]) for at in range(0, len(images), BATCH)]
-        read = [self._read(different[at : at + BATCH]) for at in range(0, len(different), BATCH)]
+        seen = [self.seen(images[at : at + BATCH]) for at in range(0, len(images), BATCH)]
+        read = [self.read(different[at : at + BATCH]) for at in range(0, len(different), BATCH)]
         return (torch.cat(seen) * torch.cat(read)[rows]).sum(1).cpu().numpy()
 
-    def _seen(self, images: np.ndarray) -> Tensor:
+    @torch.no_grad()
+    def seen(self, images: Iterable[np.ndarray]) -> Tensor:
+        """The directions of images, uint8 (H, W, 3) each, maybe of several sizes: float32 (n, width), of length 1."""
         values = self.pixels(images, self.model.config.vision_config.image_size).to(device())
         return normalize(self.model.visual_projection(self.model.vision_model(pixel_values=values).pooler_output))
 
-    def _read(self, prompts: list[str]) -> Tensor:
+    @torch.no_grad()
+    def read(self, prompts: list[str]) -> Tensor:
+        """The directions of prompts: float32 (n, width), of length 1."""
         length = self.model.config.text_config.max_position_embeddings
         tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         output = self.model.text_model(**tokens.to(device())).pooler_output

@@ -1,6 +1,6 @@
 """What an image encoder sees of pictures: torchvision's and transformers' steps, by Pillow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -11,11 +11,11 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 BLACK = (0, 0, 0)
 
 
-def cropped(images: np.ndarray, size: int, half: Callable[[float], int] = int) -> Tensor:
+def cropped(images: Iterable[np.ndarray], size: int, half: Callable[[float], int] = int) -> Tensor:
     """The square in the middle, once the shorter edge is brought to `size`.
 
     Args:
-        images: uint8 (n, H, W, 3).
+        images: uint8 (H, W, 3) each, maybe of several sizes.
         size: of the square.
         half: how half a leftover becomes whole pixels: cut off as transformers does, or `round` as torchvision does.
 
@@ -33,7 +33,7 @@ def cropped(images: np.ndarray, size: int, half: Callable[[float], int] = int) -
     return _normalised(images, size, crop)
 
 
-def letterboxed(images: np.ndarray, size: int) -> Tensor:
+def letterboxed(images: Iterable[np.ndarray], size: int) -> Tensor:
     """The whole picture, its longer edge brought to `size`, between two black bars; else as `cropped`."""
 
     def fit(picture: Image.Image) -> Image.Image:
@@ -47,7 +47,7 @@ def letterboxed(images: np.ndarray, size: int) -> Tensor:
     return _normalised(images, size, fit)
 
 
-def _normalised(images: np.ndarray, size: int, fit: Callable[[Image.Image], Image.Image]) -> Tensor:
+def _normalised(images: Iterable[np.ndarray], size: int, fit: Callable[[Image.Image], Image.Image]) -> Tensor:
     squares = [np.asarray(fit(Image.fromarray(image))) for image in images]
     values = torch.from_numpy(np.array(squares, np.uint8).reshape(-1, size, size, 3)).permute(0, 3, 1, 2) / 255
     return (values - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
