@@ -139,7 +139,7 @@ def serving():
 
 @pytest.fixture
 def server(monkeypatch):
-    for name in chat.KEYS:
+    for name in (chat.KEY, chat.OPENAI_KEY):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(chat, "PAUSE", 0.01)
     with serving() as server:
@@ -540,13 +540,20 @@ def test_a_folder_that_is_none(server, tmp_path):
             loaded(server, cache=str(tmp_path / folder))
 
 
-@pytest.mark.parametrize("name", chat.KEYS)
-def test_the_key_goes_into_the_header_and_nowhere_else(server, monkeypatch, tmp_path, name):
+def test_the_key_goes_into_the_header_and_nowhere_else(server, monkeypatch, tmp_path):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-another")
-    monkeypatch.setenv(name, KEY)
+    monkeypatch.setenv("AEGPO_VLM_KEY", KEY)
     score(loaded(server, cache=str(tmp_path)), flat(60))
     assert [headers["Authorization"] for headers in server.headers] == [f"Bearer {KEY}"] * 2
     assert KEY not in json.dumps(server.asked, default=str) + "".join(path.read_text() for path in tmp_path.iterdir())
+
+
+def test_openais_own_key_is_for_openai_alone(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-another")
+    score(loaded(server), flat(60))
+    assert not any("Authorization" in headers for headers in server.headers)
+    assert chat._key("https://api.openai.com/v1") == ("OPENAI_API_KEY", "sk-another")
+    assert chat._key("https://api.openai.com.evil.org/v1") == chat._key("http://api.openai.com/v1") == ("", "")
 
 
 def test_without_a_key_none_is_sent(server):
@@ -597,7 +604,7 @@ def test_the_key_does_not_follow_where_the_server_points_or_to_a_proxy(server, o
 
 def test_a_server_that_wants_a_key(server):
     server.answer = lambda request: (401, b"")
-    with pytest.raises(ValueError, match=r"/v1 wants a key, in AEGPO_VLM_KEY or OPENAI_API_KEY \(401\)$"):
+    with pytest.raises(ValueError, match=r"/v1 wants a key, in AEGPO_VLM_KEY \(401\)$"):
         score(loaded(server), flat(60))
 
 

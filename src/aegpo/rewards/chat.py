@@ -19,7 +19,7 @@ from PIL import Image
 
 from aegpo.config import did_you_mean
 
-KEYS = "AEGPO_VLM_KEY", "OPENAI_API_KEY"  # the environment's, the first that is set
+KEY, OPENAI_KEY, OPENAI = "AEGPO_VLM_KEY", "OPENAI_API_KEY", "https://api.openai.com"  # the last goes there alone
 MAX_TOKENS = 2048  # of an answer, thoughts included
 PAUSE, LONGEST_PAUSE = 1.0, 30.0  # seconds: at most before the first repetition, twice that before the next; of any
 LONGEST_WAIT = 300.0  # seconds that a server may ask for
@@ -51,7 +51,7 @@ class Chat:
         self, url: str, model: str, schema: dict[str, Any] | None, concurrency: int, timeout: float, retries: int
     ):
         self.url, self.model, self.timeout, self.retries = _base(url), model, timeout, retries
-        self.key_name, self.key = _key()
+        self.key_name, self.key = _key(self.url)
         self.form: dict[str, Any] = {"temperature": 0, "max_tokens": MAX_TOKENS}
         if schema:
             form = {"name": "answer", "strict": True, "schema": schema}
@@ -172,7 +172,7 @@ class Chat:
 
     def _error(self, answer: httpx.Response) -> ValueError:
         if answer.status_code in (401, 403):
-            said = f"refuses the key in {self.key_name}" if self.key else f"wants a key, in {' or '.join(KEYS)}"
+            said = f"refuses the key in {self.key_name}" if self.key else f"wants a key, in {KEY}"
             return ValueError(f"reward: vlm: {self.url} {said} ({answer.status_code})")
         if answer.is_redirect:
             return ValueError(f"reward: vlm: {self.url} points elsewhere ({answer.status_code}), where nobody is asked")
@@ -210,17 +210,15 @@ def _base(url: str) -> str:
     except httpx.InvalidURL:
         parsed = httpx.URL()
     if parsed.userinfo or parsed.query or parsed.fragment:
-        raise ValueError(
-            f"reward: vlm: url: should be no more than the base, without ?, # and @; a key is in {KEYS[0]}"
-        )
+        raise ValueError(f"reward: vlm: url: should be no more than the base, without ?, # and @; a key is in {KEY}")
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"reward: vlm: url: should be as http://localhost:8000/v1, got {url!r}")
     return url.rstrip("/")
 
 
-def _key() -> tuple[str, str]:
-    """The name and the value of the key, both empty where there is none."""
-    for name in KEYS:
+def _key(url: str) -> tuple[str, str]:
+    """The name and the value of the key, both empty where there is none; OpenAI's own is for nobody else."""
+    for name in (KEY, OPENAI_KEY) if url.startswith(f"{OPENAI}/") else (KEY,):
         if key := os.environ.get(name, "").strip():
             if not re.fullmatch("[!-~]+", key):
                 raise ValueError(

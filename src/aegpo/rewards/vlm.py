@@ -75,7 +75,7 @@ def load(
     The judge answers by a JSON schema if the server can; else the score is found in its words, as UnifiedReward's are
     in `Final Score: 4.5`. A question that has "Score:" in it is answered in the judge's own words. A judge that gives
     no score, or one off the scale, is asked again; if it never does, the score is NaN. A key is taken from the
-    environment, AEGPO_VLM_KEY or else OPENAI_API_KEY, and sent to the server alone.
+    environment, AEGPO_VLM_KEY or else, for OpenAI alone, OPENAI_API_KEY.
 
     Args:
         url: the endpoint's base, such as http://localhost:8000/v1.
