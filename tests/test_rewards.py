@@ -97,6 +97,7 @@ def test_an_answer_that_is_no_answer(tmp_path, body, message):
         ("imagereword=models/ir", "'imagereword=models/ir' is unknown; .*; did you mean imagereward?"),
         ("beauty", "reward: 'beauty' is unknown; known are .*, and your own as 'my_reward.py:score'$"),
         ("hpsv21=", "has nothing after the ="),
+        ("world=7", "reward: world=7 takes nothing after the =$"),
         ("hpsv21=models/none", "reward: hpsv21=models/none cannot be used: there is no such folder"),
         ("missing.py:score", "file missing.py does not exist"),
         (":score", "names no file or module"),

@@ -118,6 +118,8 @@ def _with_settings(make: Callable[..., Reward], name: str, first: list[Any], set
                 f"reward: {name} has no setting {setting!r}; it has {', '.join([*known, 'range'])}"
                 f"{did_you_mean(setting, known)}"
             )
+    if first and not known:
+        raise ValueError(f"reward: {name} takes nothing after the =")
     if first and known[0] in settings:
         raise ValueError(f"reward: {name} gives {known[0]} already; it is given again as a setting")
     given = dict(zip(known, first, strict=False)) | settings
