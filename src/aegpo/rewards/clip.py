@@ -1,6 +1,8 @@
-"""Cosine similarity of pictures and prompts under a CLIP (arXiv 2103.00020): what three of the scorers are made of."""
+"""A CLIP (arXiv 2103.00020): what it sees of pictures and reads of prompts, of which four of the scorers are made."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -10,6 +12,24 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from aegpo.rewards.pictures import cropped
 from aegpo.rewards.weights import BATCH, Source, device
+
+Renaming = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+Pixels = Callable[[Sequence[np.ndarray], int], Tensor]
+
+_in_use: "WeakValueDictionary[tuple[Any, ...], Clip]" = WeakValueDictionary()
+
+
+def load_clip(source: Source, renamed: Renaming = dict, pixels: Pixels = cropped) -> "Clip":
+    """The CLIP of these files, as in `Clip`; all who ask for the same share one, which is freed with the last of them.
+
+    Raises:
+        ValueError: the files cannot be had or do not fit.
+    """
+    key = (source.place, renamed, pixels)
+    clip = _in_use.get(key)
+    if clip is None:
+        clip = _in_use[key] = Clip(source, renamed, pixels)
+    return clip
 
 
 class Clip:
@@ -24,12 +44,7 @@ class Clip:
         ValueError: the files cannot be had or do not fit.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        renamed: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
-        pixels: Callable[[Iterable[np.ndarray], int], Tensor] = cropped,
-    ):
+    def __init__(self, source: Source, renamed: Renaming = dict, pixels: Pixels = cropped):
         tensors = source.tensors()
         config = source.config(CLIPConfig)
         with source.reading(source.weights):
@@ -53,20 +68,28 @@ class Clip:
             return np.zeros(0, np.float32)
         different = sorted(set(prompts))
         rows = torch.tensor([different.index(prompt) for prompt in prompts], device=device())
-        seen = [self.seen(images[at : at + BATCH]) for at in range(0, len(images), BATCH)]
-        read = [self.read(different[at : at + BATCH]) for at in range(0, len(different), BATCH)]
-        return (torch.cat(seen) * torch.cat(read)[rows]).sum(1).cpu().numpy()
+        return (self.seen(list(images)) * self.read(different)[rows]).sum(1).cpu().numpy()
 
     @torch.no_grad()
-    def seen(self, images: Iterable[np.ndarray]) -> Tensor:
+    def seen(self, images: Sequence[np.ndarray]) -> Tensor:
         """The directions of images, uint8 (H, W, 3) each, maybe of several sizes: float32 (n, width), of length 1."""
+        return self._batched(self._seen, images)
+
+    @torch.no_grad()
+    def read(self, prompts: Sequence[str]) -> Tensor:
+        """The directions of prompts, as `seen`."""
+        return self._batched(self._read, prompts)
+
+    def _batched(self, directions: Callable[[Any], Tensor], what: Sequence[Any]) -> Tensor:
+        parts = [directions(what[at : at + BATCH]) for at in range(0, len(what), BATCH)]
+        return torch.cat([torch.zeros(0, self.model.config.projection_dim, device=device()), *parts])
+
+    def _seen(self, images: Sequence[np.ndarray]) -> Tensor:
         values = self.pixels(images, self.model.config.vision_config.image_size).to(device())
         return normalize(self.model.visual_projection(self.model.vision_model(pixel_values=values).pooler_output))
 
-    @torch.no_grad()
-    def read(self, prompts: list[str]) -> Tensor:
-        """The directions of prompts: float32 (n, width), of length 1."""
+    def _read(self, prompts: Sequence[str]) -> Tensor:
         length = self.model.config.text_config.max_position_embeddings
-        tokens = self.tokenizer(prompts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        tokens = self.tokenizer(list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt")
         output = self.model.text_model(**tokens.to(device())).pooler_output
         return normalize(self.model.text_projection(output))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from aegpo.rewards import Metadata, Reward
-from aegpo.rewards.clip import Clip
+from aegpo.rewards.clip import load_clip
 from aegpo.rewards.weights import Source
 from aegpo.types import Judgement
 
@@ -24,7 +24,7 @@ def load(folder: str | None = None) -> Reward:
     Raises:
         ValueError: the files cannot be had or do not fit.
     """
-    clip = Clip(Source("clipscore", HUB, HUB, folder))
+    clip = load_clip(Source("clipscore", HUB, HUB, folder))
 
     def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
         return Judgement((100 * clip.cosine(images, prompts)).clip(0))

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from aegpo.rewards import Metadata, Reward
-from aegpo.rewards.clip import Clip
+from aegpo.rewards.clip import load_clip
 from aegpo.rewards.pictures import letterboxed
 from aegpo.rewards.weights import Source
 from aegpo.types import Judgement
@@ -49,7 +49,7 @@ def load(folder: str | None = None) -> Reward:
     Raises:
         ValueError: the files cannot be had or do not fit.
     """
-    clip = Clip(Source("hpsv21", WEIGHTS, REST, folder), from_open_clip, letterboxed)
+    clip = load_clip(Source("hpsv21", WEIGHTS, REST, folder), from_open_clip, letterboxed)
 
     def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
         return Judgement(clip.cosine(images, prompts))

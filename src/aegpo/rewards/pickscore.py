@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from aegpo.rewards import Metadata, Reward
-from aegpo.rewards.clip import Clip
+from aegpo.rewards.clip import load_clip
 from aegpo.rewards.weights import Source
 from aegpo.types import Judgement
 
@@ -24,7 +24,7 @@ def load(folder: str | None = None) -> Reward:
     Raises:
         ValueError: the files cannot be had or do not fit.
     """
-    clip = Clip(Source("pickscore", WEIGHTS, REST, folder))
+    clip = load_clip(Source("pickscore", WEIGHTS, REST, folder))
     scale = clip.model.logit_scale.exp().item()
 
     def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:

@@ -32,6 +32,11 @@ class Source:
     rest: str
     folder: str | None = None
 
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Where the files are: the same for two sources of the same files."""
+        return (str(Path(self.folder).resolve()),) if self.folder else (self.weights, self.rest)
+
     def tensors(self) -> dict[str, Tensor]:
         """The weights, by the names they have there, without buffers of positions.
 
