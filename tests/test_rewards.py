@@ -114,6 +114,7 @@ def test_unknown_rewards(name, message):
 @pytest.mark.parametrize(
     ("name", "repository"),
     [
+        ("aesthetic", "openai/clip-vit-large-patch14"),
         ("clipscore", "openai/clip-vit-large-patch14"),
         ("hpsv21", "RE-N-Y/hpsv21"),
         ("imagereward", "RE-N-Y/ImageReward"),

@@ -8,18 +8,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 from transformers import CLIPModel
 
 from aegpo import rewards
 from aegpo.rewards.clip import load_clip
 from aegpo.rewards.hpsv21 import from_open_clip
 from aegpo.rewards.weights import Source
-from tests.rewards.small import PROMPTS, clip_folder, on_the_hub, pictures
+from tests.rewards.small import PROMPTS, clip_folder, on_the_hub, pictures, shaken
+from tests.rewards.test_aesthetic import Original
 
 
 @pytest.fixture
 def folder(tmp_path):
     return clip_folder(tmp_path / "clip")
+
+
+@pytest.fixture
+def head(tmp_path):
+    (tmp_path / "head").mkdir()
+    save_file(shaken(Original()).state_dict(), tmp_path / "head" / "model.safetensors")
+    return str(tmp_path / "head")
 
 
 def test_it_is_the_same_object(folder, tmp_path):
@@ -37,13 +46,14 @@ def networks():
     return [weakref.ref(thing) for thing in gc.get_objects() if type(thing) is CLIPModel]
 
 
-def test_rewards_of_the_same_files_share_a_network(folder, monkeypatch):
+def test_rewards_of_the_same_files_share_a_network(folder, head, monkeypatch):
     before = len(networks())
     first = rewards.load(f"pickscore={folder}")
     assert len(networks()) == before + 1
     others = [
         rewards.load(f"pickscore={folder}"),
         rewards.load(f"clipscore={folder}/../clip"),
+        rewards.load(f"aesthetic={folder}", head=head),
     ]
     monkeypatch.chdir(Path(folder).parent)
     others.append(rewards.load("clipscore=clip"))
@@ -76,11 +86,11 @@ def test_a_network_is_freed_once_nobody_uses_it(folder, tmp_path):
         rewards.load(f"clipscore={folder}")
 
 
-def test_those_of_the_hub_are_shared_too(folder, tmp_path, monkeypatch):
+def test_those_of_the_hub_are_shared_too(folder, head, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     on_the_hub(tmp_path / "cache", "openai/clip-vit-large-patch14", Path(folder).iterdir())
     before = len(networks())
-    kept = [rewards.load("clipscore"), rewards.load("clipscore")]
+    kept = [rewards.load("clipscore"), rewards.load("aesthetic", head=head)]
     assert len(networks()) == before + 1
     kept.append(rewards.load(f"clipscore={folder}"))
     assert len(networks()) == before + 2

@@ -1,7 +1,7 @@
 """Where a scorer's files come from: the Hub or a folder. Weights are safetensors; nothing is unpickled."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,16 +80,20 @@ class Source:
         """
         with torch.device("meta"):
             due = {name: weight.shape for name, weight in kind(config, **options).state_dict().items()}
+        self.check(tensors, due)
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
+        model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **options)
+        return model.eval().requires_grad_(False).to(device())
+
+    def check(self, tensors: dict[str, Tensor], due: Mapping[str, tuple[int, ...]]) -> None:
+        """Raise ValueError where a weight is missing, of another shape than is due, or not due at all."""
         given = {name: weight.shape for name, weight in tensors.items()}
         if wrong := sorted(name for name in due.keys() | given.keys() if due.get(name) != given.get(name)):
             raise ValueError(
                 f"reward: {self.reward}: the weights of {self.folder or self.weights} do not fit: {len(wrong)} of them "
                 f"are missing, too many or of another shape, the first {wrong[0]}"
             )
-        if not sys.stderr.isatty():
-            transformers.utils.logging.disable_progress_bar()
-        model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **options)
-        return model.eval().requires_grad_(False).to(device())
 
     @contextmanager
     def reading(self, repository: str) -> Iterator[None]:
