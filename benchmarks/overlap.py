@@ -13,6 +13,7 @@ import json
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -76,7 +77,7 @@ def run(seconds: float, elsewhere: bool) -> dict[str, Any]:
     """Median seconds of a step's parts, where an image takes the reward so long."""
     verifier, one_at_a_time = load("world"), threading.Lock()
 
-    def judge(images: np.ndarray, prompts: list[str], metadata: list[Metadata]) -> Judgement:
+    def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
         with one_at_a_time:
             time.sleep(seconds * len(images))
         return verifier.judge(images, prompts, metadata)

@@ -1,6 +1,5 @@
 """The one place where the names in a config become objects, and a run's folder is made."""
 
-import itertools
 import json
 import platform
 import shutil
@@ -31,7 +30,6 @@ from aegpo.config import (
     load_yaml,
     needs_probe,
     resolve,
-    reward_terms,
     with_noise,
 )
 from aegpo.data import load_prompts, named
@@ -83,9 +81,9 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
             f"prompts_per_step: a step takes {config.prompts_per_step} prompts, but {config.prompts.train} holds "
             f"{len(prompts)}; lower it (and rollouts_per_step), or give more prompts"
         )
-    reward = _panel(
-        config, {named(config.prompts.train, "train"): prompts, named(config.prompts.eval, "eval"): held_out}
-    )
+    reward = load_panel(config)
+    _try_out(reward, prompts, named(config.prompts.train, "train"), training=True)
+    _try_out(reward, held_out, named(config.prompts.eval, "eval"))
     if torch.cuda.is_available() and (outline := memory.sizes(config.model)):
         memory.refuse_too_small(memory.estimate(config, outline), config)
     model = load(config.model, config.seed)
@@ -192,7 +190,8 @@ def evaluate(
     option = prompts and "--prompts"
     held_out = _prompts(config, "eval", option)
     newest = _checkpoints(run)[-1]
-    judge = _panel(replace(config, reward_checks=Checks()), {named(config.prompts.eval, "eval", option): held_out})
+    judge = load_panel(replace(config, reward_checks=Checks()))
+    _try_out(judge, held_out, named(config.prompts.eval, "eval", option))
     model = load(config.model, config.seed)
     model.prepare([prompt.text for prompt in held_out])
     checkpoint.load_weights(newest, model.trainable)
@@ -224,7 +223,9 @@ def evaluate_by_all(
     if len(held_out) == 1:
         raise ValueError(f"{where} holds one prompt, and intervals over prompts take two at least")
     newest = _checkpoints(run)[-1]
-    tried = {name: _panel(replace(config, reward=name, reward_checks=Checks()), {where: held_out}) for name in judges}
+    tried = {name: load_panel(replace(config, reward=name, reward_checks=Checks())) for name in judges}
+    for judge in tried.values():
+        _try_out(judge, held_out, where)
     model = load(config.model, config.seed)
     model.prepare([prompt.text for prompt in held_out])
     checkpoint.load_weights(newest, model.trainable)
@@ -289,7 +290,8 @@ def analyze(
     config = _config(run, *over) if trained else resolve(plain, *over, {"model": {"path": model}})
     option = prompts and "--prompts"
     asked = _prompts(config, "eval", option)
-    judge = _panel(replace(config, reward_checks=Checks()), {named(config.prompts.eval, "eval", option): asked})
+    judge = load_panel(replace(config, reward_checks=Checks()))
+    _try_out(judge, asked, named(config.prompts.eval, "eval", option))
     found = _checkpoints(run) if trained else []
     policy = load(config.model, config.seed)
     policy.prepare([prompt.text for prompt in asked])
@@ -355,20 +357,11 @@ def _given(prompts: str | None, reward: str | None) -> dict[str, Any]:
     return ({"prompts": {"eval": prompts}} if prompts else {}) | ({"reward": reward} if reward else {})
 
 
-def _panel(config: Config, prompts: dict[str, list[Prompt]]) -> Panel:
-    """The rewards, tried on a black and a white picture for a prompt of each set, which errors name so."""
-    if "world" in reward_terms(config.reward):
-        for prompt in itertools.chain(*prompts.values()):
-            world.requested(prompt.text, prompt.metadata)
-    panel = load_panel(config)
-    black_and_white = np.zeros((2, 32, 32, 3), np.uint8)
-    black_and_white[1] = 255
-    for where, part in prompts.items():
-        try:
-            panel.try_out(black_and_white, part[:1] * 2)
-        except ValueError as error:
-            raise ValueError(f"{error} (tried on a prompt of {where})") from error
-    return panel
+def _try_out(rewards: Panel, prompts: Sequence[Prompt], where: str, training: bool = False) -> None:
+    try:
+        rewards.try_out(prompts, training)
+    except ValueError as error:
+        raise ValueError(f"{error} (tried on a prompt of {where})") from error
 
 
 def _checkpoints(run: Path) -> list[Path]:

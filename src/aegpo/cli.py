@@ -14,7 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_origin
+from typing import TYPE_CHECKING, Any, NoReturn, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from aegpo.config import Config
@@ -33,13 +33,14 @@ Align diffusion and flow models with human preference by online reinforcement le
   aegpo export RUN --comfyui FILE.safetensors
   aegpo push RUN USER/NAME [--private]
   aegpo analyze MODEL [--prompts FILE] [--reward NAME] [--images N] [--out DIR] [--a.b VALUE ...]
+  aegpo reward-check NAME [--pairs FILE.jsonl]
   aegpo world pretrain OUT [--steps N] [--seed N]
 
   aegpo --version
   aegpo COMMAND --help      (train --help lists every setting)
 """
 TRAIN_OPTIONS = ("--help", "--dry-run", "--resume", "--overwrite", "--push-to-hub")
-REWARDS = "world, clipscore, hpsv21, imagereward, pickscore (from a folder: pickscore=DIR), or FILE.py:FUNCTION"
+REWARDS = "one that is shipped (docs/rewards.md), as world, ocr, pickscore=DIR or remote=URL, or FILE.py:FUNCTION"
 ANALYZE_OPTIONS = ("--help", "--prompts", "--reward", "--images", "--out")
 ANALYZE_TAKES = {"model.path": "MODEL", "prompts.eval": "--prompts", "eval_images": "--images"}  # settings, as these
 RECIPES = Path(__file__).with_name("recipes")
@@ -82,7 +83,7 @@ def _command(words: list[str]) -> None:
         "export": _export,
         "push": _push,
     }
-    commands |= {"analyze": _analyze, "world": _world}
+    commands |= {"analyze": _analyze, "reward-check": _reward_check, "world": _world}
     name, rest = (words[0], words[1:]) if words else ("", [])
     if name in ("-h", "--help"):
         print(HELP, end="")
@@ -264,6 +265,28 @@ def _analyze(words: list[str]) -> None:
         raise KeyboardInterrupt("stopped; nothing was written") from None
 
 
+def _reward_check(words: list[str]) -> None:
+    about = "See whether a reward puts pairs of pictures in the right order; exit code 1 if it does not."
+    parser = _Parser("reward-check", about)
+    parser.add_argument("NAME", type=_text, help=REWARDS)
+    own = "lines of prompt, good and bad (image files), and any metadata (default: pairs that are drawn for the reward)"
+    parser.add_argument("--pairs", type=_text, metavar="FILE.jsonl", help=own)
+    asked = parser.read(words)
+    from aegpo.rewards import load
+    from aegpo.rewards.golden import drawn_pairs, judge_pairs, read_pairs
+
+    pairs = read_pairs(Path(asked.pairs)) if asked.pairs else drawn_pairs(asked.NAME)
+    scores = judge_pairs(load(asked.NAME), pairs)
+    for pair, (good, bad) in zip(pairs, scores, strict=True):
+        print(f"{'good' if good > bad else 'WRONG':<5}  {good:>10.4g}  {bad:>10.4g}  {pair.prompt}")
+    wrong = sum(not good > bad for good, bad in scores)
+    print(f"{asked.NAME}: {len(pairs) - wrong} of {len(pairs)} pairs in the right order")
+    if wrong:
+        sys.exit(
+            _say(f"reward-check: {asked.NAME} does not prefer the better picture in {wrong} of {len(pairs)} pairs", 1)
+        )
+
+
 def _world(words: list[str]) -> None:
     parser = _Parser("world", "Make the embedded model again, from nothing.", argument_default=argparse.SUPPRESS)
     parser.add_argument("pretrain", choices=["pretrain"])
@@ -405,6 +428,16 @@ def _print_train_help(parser: "_Parser") -> None:
         write, is_list = (lambda value: [f"[{', '.join(map(str, value))}]"]), (lambda value: isinstance(value, tuple))
         spec = tyro.constructors.PrimitiveConstructorSpec(1, "'[A, B, ...]'", tuple, is_list, write)
         return spec if get_origin(info.type) is tuple else None
+
+    @registry.primitive_rule
+    def _name_or_weights(info: tyro.constructors.PrimitiveTypeInfo) -> Any:
+        shown, is_name, write = (
+            "NAME|'{NAME: WEIGHT, ...}'",
+            (lambda value: isinstance(value, str)),
+            (lambda value: [value]),
+        )
+        spec = tyro.constructors.PrimitiveConstructorSpec(1, shown, str, is_name, write)
+        return spec if info.type == get_type_hints(Config)["reward"] else None
 
     parser.print_help()
     print()

@@ -80,7 +80,10 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
     ("argv", "expected"),
     [
         # the command
-        ([], "no command given; the commands are train, sample, eval, report, export, push, analyze, world"),
+        (
+            [],
+            "no command given; the commands are train, sample, .*, analyze, reward-check, world",
+        ),
         (["trian"], "'trian' is not a command; the commands are train, .*; did you mean train\\?"),
         (["--hlep"], "'--hlep' is not a command; .*; did you mean --help\\?"),
         # the recipe
@@ -192,7 +195,7 @@ def test_bad_input_is_one_line_that_says_what_would_be_right(
     ("argv", "expected"),
     [
         (["train", "--output-dir", "run"], "output_dir: run exists; .*--overwrite.*--resume latest.*--output-dir.*"),
-        (["train", "--reward", "wrld"], "reward: 'wrld' is unknown; known are world, .*"),
+        (["train", "--reward", "wrld"], "reward: 'wrld' is unknown; known are aesthetic, .*; did you mean world\\?"),
         (["train", "--prompts.train", "empty.txt"], "prompts.train: empty.txt holds no prompt.*"),
         (["train", "--prompts.train", "latin.txt"], "prompts.train: latin.txt is not UTF-8.*"),
         (["train", "--prompts.eval", "none.txt"], "prompts.eval: none.txt cannot be read: No such file or directory"),
@@ -203,7 +206,10 @@ def test_bad_input_is_one_line_that_says_what_would_be_right(
         (["sample", "broken", *PNG], "broken/config.yaml: steps: input should be a valid integer, got 'x'"),
         (["eval", "broken"], "broken/config.yaml: steps: input should be a valid integer, got 'x'"),
         (["eval", "fresh"], "run fresh has no checkpoint yet: its first is written after its first evaluation"),
-        (["eval", "run", "--rewards", "world,wrld"], "reward: 'wrld' is unknown; known are world, .*"),
+        (
+            ["eval", "run", "--rewards", "world,wrld"],
+            "reward: 'wrld' is unknown; known are aesthetic, .*; did you mean world\\?",
+        ),
         (["eval", "run", "--rewards", "world,mine.py:score"], "reward: file mine.py does not exist"),
         (["eval", "run", "--rewards", "world"], "checkpoint run/checkpoint-2 is not complete .*manifest.json.*"),
         (
@@ -222,7 +228,10 @@ def test_bad_input_is_one_line_that_says_what_would_be_right(
         (["analyze", "world", "--prompts", "empty.txt"], "--prompts: empty.txt holds no prompt; .*"),
         (["analyze", "world", "--prompts", "none.txt"], "--prompts: none.txt cannot be read: No such file.*"),
         (["analyze", "world", "--prompts", "zebra.txt"], "--prompts: zebra.txt: .* does not know 'zebra' .*"),
-        (["analyze", "world", "--reward", "wrld"], "reward: 'wrld' is unknown; known are world, .*"),
+        (
+            ["analyze", "world", "--reward", "wrld"],
+            "reward: 'wrld' is unknown; known are aesthetic, .*; did you mean world\\?",
+        ),
         (["analyze", "world", "--reward", "mine.py:score"], "reward: file mine.py does not exist"),
         (["analyze", "world", "--out", "my.yaml"], "my.yaml: File exists"),
     ],

@@ -36,6 +36,7 @@ class Reward:
         range: the lowest and the highest score that it can give.
         groupwise: whether it compares, so that it is to see one prompt's images a call, all of them.
         elsewhere: whether others do the work, so that images are best drawn on while it is asked.
+        read: raises ValueError for a prompt and its metadata that it could judge no image for.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Reward:
     range: tuple[float, float] = (-math.inf, math.inf)
     groupwise: bool = False
     elsewhere: bool = False
+    read: Callable[[str, Metadata], object] = lambda prompt, metadata: None
 
     def __call__(self, images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> np.ndarray:
         """The scores alone, float32 (n,)."""

@@ -39,7 +39,7 @@ def load(folder: str | None = None, head: str | None = None) -> Reward:
 
     @torch.no_grad()
     def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
-        state = clip.seen(images)
+        state = clip.seen(list(images))
         for weight, bias in layers:
             state = linear(state, weight, bias)
         return Judgement(state[:, 0].cpu().numpy())

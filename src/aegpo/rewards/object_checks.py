@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 from aegpo.config import did_you_mean
 from aegpo.rewards import Metadata, Reward
-from aegpo.rewards.clip import Clip
-from aegpo.rewards.weights import BATCH, Source, device
+from aegpo.rewards.clip import Clip, load_clip
+from aegpo.rewards.weights import Source, device
 from aegpo.types import Judgement
 
 DETECTOR, CLIP = "facebook/mask2former-swin-small-coco-instance", "openai/clip-vit-large-patch14"
@@ -79,7 +79,7 @@ def load(folder: str | None = None, clip_folder: str | None = None) -> Reward:
 
     @cache
     def colors() -> "Colors":
-        return Colors(Clip(Source("object_checks: clip_folder", CLIP, CLIP, clip_folder)))
+        return Colors(load_clip(Source("object_checks: clip_folder", CLIP, CLIP, clip_folder)))
 
     def held(images: np.ndarray, requests: list[Request]) -> list[list[bool]]:
         found = detector(images)
@@ -98,7 +98,7 @@ def load(folder: str | None = None, clip_folder: str | None = None) -> Reward:
         said = [one for at in starts for one in held(images[at : at + AT_ONCE], requests[at : at + AT_ONCE])]
         return Judgement(np.array([np.mean(one) for one in said], np.float32), np.array([*map(all, said)], bool))
 
-    return Reward("object_checks", judge, (0.0, 1.0))
+    return Reward("object_checks", judge, (0.0, 1.0), read=read)
 
 
 # ---------------------------------------------------------------- what a prompt asks for
@@ -290,8 +290,8 @@ class Colors:
     @torch.no_grad()
     def __call__(self, pictures: list[np.ndarray], names: list[str]) -> list[str]:
         """The colours of n objects, uint8 (h, w, 3) each, of classes of those names."""
-        seen = [self.clip.seen(pictures[at : at + BATCH]) for at in range(0, len(pictures), BATCH)]
-        alike = (torch.stack([self._read(name) for name in names]) @ torch.cat(seen).unsqueeze(2)).squeeze(2)
+        seen = self.clip.seen(pictures)
+        alike = (torch.stack([self._read(name) for name in names]) @ seen.unsqueeze(2)).squeeze(2)
         return [get_args(Color)[best] for best in alike.argmax(1).tolist()]
 
     def _read(self, name: str) -> Tensor:

@@ -57,7 +57,7 @@ def load() -> Reward:
         score = np.array([accuracy(image, text) for image, text in zip(images, due, strict=True)], np.float32)
         return Judgement(score, score == 1)
 
-    return Reward("ocr", judge, (0.0, 1.0))
+    return Reward("ocr", judge, (0.0, 1.0), read=_due)
 
 
 def _due(prompt: str, metadata: Metadata) -> str:

@@ -68,10 +68,20 @@ class Panel:
             pending[name] = self._pool.submit(ask).result if reward.elsewhere else partial(_as_it_is, ask())
         return partial(self._verdict, pending, asked, group)
 
-    def try_out(self, images: np.ndarray, asked: Sequence[Prompt]) -> None:
-        """Raise ValueError for a reward that fails on these, whatever the checks say of failures."""
-        for reward, _ in self.terms.values():
-            answer = _answer(reward, images, asked, [0] * len(images))
+    def try_out(self, prompts: Sequence[Prompt], training: bool = False) -> None:
+        """Let them read all prompts, and judge a black and a white picture for the first; `training` as in `ask`.
+
+        Raises:
+            ValueError: one fails, whatever the checks say of failures.
+        """
+        black_and_white = np.zeros((2, 32, 32, 3), np.uint8)
+        black_and_white[1] = 255
+        for reward, weight in self.terms.values():
+            if not weight and training:
+                continue
+            for prompt in prompts:
+                reward.read(prompt.text, prompt.metadata)
+            answer = _answer(reward, black_and_white, [prompts[0]] * 2, [0, 0])
             if answer.error:
                 raise ValueError(answer.error)
 

@@ -15,4 +15,4 @@ def load() -> Reward:
     def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
         return Judgement(*world.verify(images, prompts, metadata))
 
-    return Reward("world", judge, (0.0, 1.0))
+    return Reward("world", judge, (0.0, 1.0), read=world.requested)
