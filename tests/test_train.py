@@ -1051,3 +1051,18 @@ def test_where_all_groups_are_dropped_nothing_moves(tmp_path):
     assert step["reward/mean"] is None and step["dropped_groups"] == 2 and step["rows"] == 0 and step["grad_norm"] == 0
     first, last = (load_file(tmp_path / "run" / f"checkpoint-{n}" / "weights.safetensors") for n in (0, 1))
     assert all(torch.equal(first[name], last[name]) for name in first)
+
+
+def test_ocr_judges_the_evaluations_of_a_run_and_nothing_else(tmp_path):
+    rows = [{"prompt": "a red circle", "text": "STOP"}, {"prompt": "two squares", "text": "O"}]
+    (tmp_path / "signs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = {"train": "world", "eval": str(tmp_path / "signs.jsonl")}
+    own = config(tmp_path, steps=1, algorithm="flow-grpo", reward={"world": 1, "ocr": 0}, prompts=prompts)
+    build.run(own)
+    before, step = metrics(tmp_path / "run")
+    for line in (before, step):
+        assert 0 <= line["eval/reward_mean/ocr"] <= 0.5 and line["eval/pass_rate_of/ocr"] in (0, 0.5)
+        assert line["eval/reward_mean"] == line["eval/reward_mean/world"]
+    assert not any(key.startswith("reward/ocr") for key in step)
+    with pytest.raises(ValueError, match=r"ocr: no text is due in .*\(tried on a prompt of prompts\.train: world\)"):
+        build.run(config(tmp_path, "other", reward={"world": 1, "ocr": 0.5}, prompts=prompts))
