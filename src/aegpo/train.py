@@ -139,7 +139,7 @@ def train(
 
         verdict = inquiry.verdict()
         remember(config, batch, torch.from_numpy(verdict.score), rollouts.group, memory)
-        advantage, taught = credit(config, verdict.rewards, rollouts.group, rollouts.courses)
+        advantage, taught = credit(config, torch.from_numpy(verdict.rewards), rollouts.group, rollouts.courses)
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(config, step)
         rows = rollouts.transitions.judged(advantage, taught)

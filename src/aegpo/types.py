@@ -3,13 +3,16 @@
 Shape letters: P prompts of a step, N denoising steps, n rollouts of all prompts together, m rows: explored transitions.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:  # a reward that needs no torch is served without it
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Conditions:
     rows: dict[str, Tensor]
     null: dict[str, Tensor]
 
-    def __getitem__(self, index: Tensor) -> "Conditions":
+    def __getitem__(self, index: Tensor) -> Conditions:
         return replace(self, rows={name: rows[index] for name, rows in self.rows.items()})
 
 
@@ -82,7 +85,7 @@ class Trunk:
     latents: Tensor
     velocities: Tensor
 
-    def __getitem__(self, index: Tensor) -> "Trunk":
+    def __getitem__(self, index: Tensor) -> Trunk:
         return Trunk(self.latents[index], self.velocities[index])
 
 
@@ -142,7 +145,7 @@ class Courses:
         one. Where no step is noisy, every rollout stands for itself.
         """
         landed = self.node.gather(1, self.lands)
-        alone = torch.arange(len(landed)).unsqueeze(1).expand_as(landed)
+        alone = landed.new_tensor(range(len(landed))).unsqueeze(1).expand_as(landed)
         return landed.where(self.noisy, alone).where(self.explored, -1)
 
 
@@ -178,10 +181,10 @@ class Transitions:
     def __len__(self) -> int:
         return len(self.step)
 
-    def __getitem__(self, index: Tensor) -> "Transitions":
+    def __getitem__(self, index: Tensor) -> Transitions:
         return Transitions(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
-    def judged(self, advantage: Tensor, taught: Tensor) -> "Transitions":
+    def judged(self, advantage: Tensor, taught: Tensor) -> Transitions:
         """The rows that are to be learned from, with their advantages; both are (n, N): of each rollout's steps."""
         rollout, step = self.rollout.cpu(), self.step.cpu()
         rows = replace(self, advantage=advantage[rollout, step].to(self.x.device))
@@ -237,13 +240,13 @@ class Verdict:
     kept: np.ndarray
 
     @property
-    def rewards(self) -> Tensor:
+    def rewards(self) -> np.ndarray:
         """Of each reward, float32 (n, k); not a number where it is not `kept`."""
         each = np.stack([said.score for said in self.parts.values()], 1)
-        return torch.from_numpy(np.where(self.kept[:, None], each, np.float32(np.nan)))
+        return np.where(self.kept[:, None], each, np.float32(np.nan))
 
     @staticmethod
-    def joined(verdicts: "Sequence[Verdict]") -> "Verdict":
+    def joined(verdicts: Sequence[Verdict]) -> Verdict:
         """Verdicts on other images by the same rewards, one after another."""
         parts = {name: _joined([verdict.parts[name] for verdict in verdicts]) for name in verdicts[0].parts}
         whole = _joined([Judgement(verdict.score, verdict.passed) for verdict in verdicts])

@@ -79,7 +79,7 @@ def test_a_number_that_is_none_stops_the_run_or_drops_its_group(value):
     verdict = panel.judge(pictures, asked)
     assert verdict.kept.tolist() == [True, True, False, False]
     assert verdict.score[:2].tolist() == [1, 3] and np.isnan(verdict.score[2:]).all()
-    assert verdict.rewards.isnan().flatten().tolist() == [False, False, True, True]
+    assert np.isnan(verdict.rewards).flatten().tolist() == [False, False, True, True]
     [trouble] = panel.troubles()
     assert (trouble.reward, trouble.kind, trouble.images) == ("told", "not_finite", 1)
     assert panel.troubles() == []
