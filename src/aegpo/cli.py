@@ -34,6 +34,8 @@ Align diffusion and flow models with human preference by online reinforcement le
   aegpo push RUN USER/NAME [--private]
   aegpo analyze MODEL [--prompts FILE] [--reward NAME] [--images N] [--out DIR] [--a.b VALUE ...]
   aegpo reward-check NAME [--pairs FILE.jsonl]
+  aegpo reward-server NAME [--host ADDRESS] [--port N] [--token-file FILE] [--batch N] [--wait-ms N] [--limit-mb N]
+                      [--timeout SECONDS]
   aegpo world pretrain OUT [--steps N] [--seed N]
 
   aegpo --version
@@ -83,7 +85,7 @@ def _command(words: list[str]) -> None:
         "export": _export,
         "push": _push,
     }
-    commands |= {"analyze": _analyze, "reward-check": _reward_check, "world": _world}
+    commands |= {"analyze": _analyze, "reward-check": _reward_check, "reward-server": _reward_server, "world": _world}
     name, rest = (words[0], words[1:]) if words else ("", [])
     if name in ("-h", "--help"):
         print(HELP, end="")
@@ -285,6 +287,35 @@ def _reward_check(words: list[str]) -> None:
         sys.exit(
             _say(f"reward-check: {asked.NAME} does not prefer the better picture in {wrong} of {len(pairs)} pairs", 1)
         )
+
+
+def _reward_server(words: list[str]) -> None:
+    about = "Serve a reward over HTTP, for runs whose reward is remote=http://ADDRESS:PORT, on this machine or another."
+    parser = _Parser("reward-server", about)
+    parser.add_argument("NAME", type=_text, help=REWARDS)
+    parser.add_argument(
+        "--host", type=_text, default="127.0.0.1", metavar="ADDRESS", help="to listen at (default: 127.0.0.1)"
+    )
+    parser.add_argument(
+        "--port", type=_whole(0), default=8123, metavar="N", help="to listen at; 0 is a free one (default: 8123)"
+    )
+    token = "that holds the token clients must know (default: the variable AEGPO_REWARD_TOKEN, if it is set)"
+    parser.add_argument("--token-file", type=_text, metavar="FILE", help=token)
+    batch = "images that are judged in one call, unless a single request has more (default: 64)"
+    parser.add_argument("--batch", type=_whole(1), default=64, metavar="N", help=batch)
+    wait = "milliseconds that a request waits for others to go with (default: 5)"
+    parser.add_argument("--wait-ms", type=_whole(0), default=5, metavar="N", help=wait)
+    limit = "MB that a request may have, as sent and once its pictures are decoded (default: 64)"
+    parser.add_argument("--limit-mb", type=_whole(1), default=64, metavar="N", help=limit)
+    time = "seconds that a request may take; its client then asks again (default: 60)"
+    parser.add_argument("--timeout", type=_whole(1), default=60, metavar="SECONDS", help=time)
+    asked = parser.read(words)
+    try:
+        from aegpo.rewards.server import serve
+    except ModuleNotFoundError as error:
+        raise ValueError(f"reward-server needs {error.name}; pip install 'aegpo[server]'") from None
+    sizes = (asked.batch, asked.wait_ms, asked.limit_mb, asked.timeout)
+    serve(asked.NAME, asked.host, asked.port, *sizes, asked.token_file)
 
 
 def _world(words: list[str]) -> None:
