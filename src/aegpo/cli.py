@@ -10,6 +10,7 @@ import difflib
 import functools
 import logging
 import os
+import re
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -520,7 +521,7 @@ def _safetensors(word: str) -> Path:
 
 
 def _names(word: str) -> list[str]:
-    names = [name.strip() for name in word.split(",")]
+    names = [name.strip() for name in re.split(r",(?!https?://)", word)]  # remote=URL,URL is one name
     if not all(names):
         raise argparse.ArgumentTypeError(f"must be names with commas between them, not {word!r}")
     if twice := next((name for name in names if names.count(name) > 1), None):
