@@ -59,13 +59,13 @@ class Clock:
     end: list[float] = field(default_factory=list)
 
     def begin(self, what: str, total: int) -> None:
-        (self.rollouts if what == "rollouts" else self.update).append(time.perf_counter())
-        if what == "rollouts":
-            self.left = total
+        self.what, self.left = what, total
+        if what != "rewards":
+            (self.rollouts if what == "rollouts" else self.update).append(time.perf_counter())
 
     def advance(self, count: int) -> None:
         self.left -= count
-        if self.left == 0:
+        if self.left == 0 and self.what == "rollouts":
             self.drawn.append(time.perf_counter())
 
     def step(self, metrics: dict[str, Any]) -> None:

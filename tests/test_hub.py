@@ -17,7 +17,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from aegpo.hub import _without_folders
+from aegpo.hub import _named_shortly, _without_folders
 from tests.report.test_report import CONFIG, make_run
 
 TOKEN = "hf_notARealTokenButASecretOne"
@@ -251,4 +251,21 @@ def test_folders_above_a_path_are_nobodys_business():
         "reward": "pickscore=pick",
         "prompts": {"train": "data", "eval": "owner/data:test"},
         "steps": 3,
+    }
+
+
+def test_rewards_go_by_their_last_part_in_settings_and_in_metrics():
+    own, folder = "/home/joe/secret/mine.py:score", "pickscore=/home/joe/secret/pick"
+    settings = {"reward": {own: 1, folder: {"weight": 0.5, "cache": "/home/joe/kept"}}}
+    assert _without_folders(settings) == {
+        "reward": {"mine.py:score": 1, "pickscore=pick": {"weight": 0.5, "cache": "kept"}}
+    }
+    trouble = {"reward": own, "what": f"reward {own} failed at /home/joe/secret/mine.py, line 3"}
+    row = {f"reward/{own}/mean": 0.5, f"eval/reward_mean/{folder}": 1, "reward_troubles": [trouble]}
+    assert json.loads(_named_shortly(json.dumps(row), settings)) == {
+        "reward/mine.py:score/mean": 0.5,
+        "eval/reward_mean/pickscore=pick": 1,
+        "reward_troubles": [
+            {"reward": "mine.py:score", "what": "reward mine.py:score failed at mine.py, line 3"},
+        ],
     }

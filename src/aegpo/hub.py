@@ -11,6 +11,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
+from aegpo.config import reward_terms
 from aegpo.report import model_card, shown_pictures
 
 RECORDS = ("env.json", "metrics.jsonl")
@@ -87,7 +88,22 @@ def published(run: Path, repo: str) -> dict[str, Path | bytes]:
     ]
     content: dict[str, Path | bytes] = {"README.md": card.encode()}
     content["config.yaml"] = yaml.safe_dump(_without_folders(settings), sort_keys=False).encode()
-    return content | {name: _public(run / name) for name in names}
+    content |= {name: _public(run / name) for name in names}
+    if "metrics.jsonl" in content:
+        content["metrics.jsonl"] = _named_shortly(
+            (run / "metrics.jsonl").read_text(encoding="utf-8"), settings
+        ).encode()
+    return content
+
+
+def _named_shortly(metrics: str, settings: dict[str, Any]) -> str:
+    """Metrics in which rewards of the user's own go by the last part of their path, as in the settings."""
+    for name in sorted(reward_terms(settings.get("reward", "world")), key=len, reverse=True):
+        for told in (name, name.rpartition(":")[0]):  # errors tell the file alone
+            metrics = (
+                metrics.replace(json.dumps(told)[1:-1], json.dumps(_without_folders(told))[1:-1]) if told else metrics
+            )
+    return metrics
 
 
 def _weights(run: Path, settings: dict[str, Any]) -> list[str]:
@@ -115,7 +131,7 @@ def _public(file: Path) -> Path | bytes:
 def _without_folders(value: Any) -> Any:
     """Settings in which a path that leads elsewhere is but its last part: the folders above are nobody's business."""
     if isinstance(value, dict):
-        return {key: _without_folders(inner) for key, inner in value.items()}
+        return {_without_folders(key): _without_folders(inner) for key, inner in value.items()}
     if not isinstance(value, str):
         return value
     name, equals, path = value.rpartition("=")  # as in pickscore=/models/pickscore

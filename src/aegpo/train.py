@@ -137,7 +137,8 @@ def train(
             given = model, batch, conditions, plan, config, step, trunk, display.advance
             rollouts = collect(*given, parts=parts, finished=inquiry.ask)
 
-        verdict = inquiry.verdict()
+        display.begin("rewards", len(rollouts.group))
+        verdict = inquiry.verdict(display.advance)
         remember(config, batch, torch.from_numpy(verdict.score), rollouts.group, memory)
         advantage, taught = credit(config, torch.from_numpy(verdict.rewards), rollouts.group, rollouts.courses)
         for parameters in optimizer.param_groups:

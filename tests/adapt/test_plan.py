@@ -6,7 +6,7 @@ import torch
 
 from aegpo.adapt import memory as memories
 from aegpo.adapt.memory import Memory
-from aegpo.adapt.plan import make_plan, policy_noise
+from aegpo.adapt.plan import make_plan, policy_noise, remember
 from aegpo.config import resolve
 from aegpo.math.schedules import sd3
 from aegpo.types import Prompt, Signals
@@ -244,3 +244,12 @@ def test_a_curve_is_the_distribution_that_noise_levels_are_drawn_from():
 def test_without_noise_on_the_way_its_noise_is_that_of_bringing_an_image_back():
     noise = policy_noise(resolve({"algorithm": "awm"}), SIGMAS)
     assert noise.tolist() == [*SIGMAS[:9].tolist(), 0.0]
+
+
+def test_a_group_of_which_nothing_is_known_keeps_the_spread_it_had():
+    config = resolve({"algorithm": "flow-grpo", "allocation": {"rule": "reward_variance"}})
+    memory, prompts, group = Memory(), [Prompt(4, "", {}), Prompt(9, "", {})], torch.tensor([0, 0, 1, 1])
+    remember(config, prompts, torch.tensor([0.0, 2.0, 1.0, 5.0]), group, memory)
+    assert memory.signal == {4: pytest.approx(2**0.5), 9: pytest.approx(8**0.5)}
+    remember(config, prompts, torch.tensor([float("nan")] * 2 + [3.0, 3.0]), group, memory)
+    assert memory.signal == {4: pytest.approx(2**0.5), 9: 0}

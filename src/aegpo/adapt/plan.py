@@ -91,13 +91,15 @@ def remember(config: Config, prompts: Sequence[Prompt], scores: Tensor, group: T
     Args:
         config: a resolved config.
         prompts: of the step.
-        scores: (n,), the rewards.
+        scores: (n,), the rewards; not a number in a group of which nothing is known this time.
         group: int64 (n,), the prompt of each.
         memory: of all visits.
     """
     if config.allocation.rule == "reward_variance":
         spread = torch.stack([scores[group == i].std() for i in range(len(prompts))])  # groups differ in size
-        memory.visit([prompt.id for prompt in prompts], spread, config.allocation.smoothing)
+        known = spread.isfinite()
+        ids = [prompt.id for prompt, is_known in zip(prompts, known.tolist(), strict=True) if is_known]
+        memory.visit(ids, spread[known], config.allocation.smoothing)
 
 
 def _reading(config: Config, signals: Signals, sigmas: Tensor) -> Tensor:

@@ -36,7 +36,10 @@ PHASES = {  # the parts that are on the GPU at once
     "rollouts": ("weights", "trained", "reward", "optimizer", "latents", "decoding"),
     "training": ("weights", "trained", "reward", "optimizer", "latents", "activations"),
 }
-JUDGES = {"clipscore": 428e6, "pickscore": 986e6, "hpsv21": 986e6, "imagereward": 447e6}  # weights, in float32
+JUDGES = {  # weights, in float32
+    **{"clipscore": 428e6, "aesthetic": 428e6, "pickscore": 986e6, "hpsv21": 986e6},
+    **{"imagereward": 447e6, "object_checks": 497e6},
+}
 
 
 @dataclass(frozen=True)

@@ -169,9 +169,13 @@ class Inquiry:
             self.panel.ask(images, [self.asked[i] for i in own], [self.group[i] for i in own], training=True)
         )
 
-    def verdict(self) -> Verdict:
-        """Wait for the answers, and see whether a reward always says the same."""
-        verdict = Verdict.joined([answer() for answer in self._answers])
+    def verdict(self, progress: Callable[[int], None] = lambda _: None) -> Verdict:
+        """Wait for the answers, of which `progress` is told, and see whether a reward always says the same."""
+        verdicts = []
+        for answer in self._answers:
+            verdicts.append(answer())
+            progress(len(verdicts[-1].score))
+        verdict = Verdict.joined(verdicts)
         self.panel.watch(verdict, self.group)
         return verdict
 
