@@ -31,7 +31,7 @@ from aegpo.rollout import collect, shared_trunk
 from aegpo.signals import probe, reward_spread
 from aegpo.types import Conditions, Courses, Prompt, Transitions
 
-PARTS = 8  # in which rollouts are drawn, at most, where rewards elsewhere judge one while the next is drawn
+PARTS = 16  # in which rollouts are drawn, at most, where rewards elsewhere judge one while the next is drawn
 SHUFFLE = 3  # what a random choice is for: the first number of its key
 
 
