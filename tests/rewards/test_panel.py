@@ -1,5 +1,7 @@
 """Several rewards at once, and what becomes of one that cannot be right."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -327,6 +329,28 @@ def test_rewards_elsewhere_are_asked_at_once_and_waited_for_at_the_end():
 
     terms = {"a": (Reward("a", judge, elsewhere=True), 1.0), "b": (Reward("b", judge, elsewhere=True), 1.0)}
     assert Panel(terms, Checks()).judge(images(2, 3), prompts(0, 1)).score.tolist() == [4, 6]
+
+
+def test_a_program_that_is_stopped_does_not_wait_for_a_reward_elsewhere():
+    code = (
+        "import time, numpy as np\n"
+        "from aegpo.rewards import Reward\n"
+        "from aegpo.rewards.panel import alone\n"
+        "from aegpo.types import Prompt\n"
+        "slow = alone(Reward('slow', lambda *asked: time.sleep(600), elsewhere=True))\n"
+        "slow.ask(np.zeros((1, 2, 2, 3), np.uint8), [Prompt(0, '', {})])\n"
+        "raise KeyboardInterrupt\n"
+    )
+    stopped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert stopped.stderr.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_what_is_no_error_of_the_rewards_comes_through_a_thread_as_it_is():
+    def judge(*asked):
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        alone(Reward("a", judge, elsewhere=True)).judge(images(1), prompts(0))
 
 
 def test_parts_of_a_step_are_put_together_in_order():

@@ -1,9 +1,10 @@
 """All rewards of a run together: asked at once, checked, and summed by their weights."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
+from threading import Thread
 
 import numpy as np
 from torch import Tensor
@@ -37,7 +38,6 @@ class Panel:
         self.elsewhere = any(reward.elsewhere for reward, weight in terms.values() if weight)
         self._met: list[Trouble] = []
         self._alike: dict[str, tuple[float, int]] = {}  # what a reward said of all images in so many groups in a row
-        self._pool = ThreadPoolExecutor(thread_name_prefix="reward")
 
     def judge(
         self, images: np.ndarray, asked: Sequence[Prompt], group: Sequence[int] | None = None, training: bool = False
@@ -65,7 +65,7 @@ class Panel:
             if not weight and training:
                 continue
             ask = partial(_answer, reward, images, asked, group)
-            pending[name] = self._pool.submit(ask).result if reward.elsewhere else partial(_as_it_is, ask())
+            pending[name] = _in_background(ask) if reward.elsewhere else partial(_as_it_is, ask())
         return partial(self._verdict, pending, asked, group)
 
     def try_out(self, prompts: Sequence[Prompt], training: bool = False) -> None:
@@ -211,6 +211,20 @@ def _answer(reward: Reward, images: np.ndarray, asked: Sequence[Prompt], group: 
             passed = np.zeros(len(images), bool) if passed is None else passed
             passed[places] = said.passed
     return _Answer(Judgement(score, passed), failed, error)
+
+
+def _in_background(ask: Callable[[], _Answer]) -> Callable[[], _Answer]:
+    """Let a thread ask, for which a program that is stopped does not wait; returns the function that waits for it."""
+    answer: Future[_Answer] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=work, name="reward", daemon=True).start()
+    return answer.result
 
 
 def _as_it_is(answer: _Answer) -> _Answer:
