@@ -36,7 +36,7 @@ from aegpo.rewards.panel import Panel
 from aegpo.train import train
 from aegpo.types import Judgement
 
-STEPS = 3  # of a run; the first one warms up
+STEPS = 4  # of a run; the first one warms up, and the last one is followed by an evaluation
 EXPLORED = (1, 2)  # denoising steps of a rollout that are trained
 SETTINGS: dict[str, Any] = {
     "algorithm": "aegpo",
@@ -93,7 +93,7 @@ def run(explored: int, seconds: float, elsewhere: bool) -> dict[str, Any]:
         prompts, held_out = load_prompts("world", "train"), load_prompts("world", "eval")[:1]
         train(config, models.load(config.model), prompts, held_out, panel, Path(folder), clock)
         lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    began, later = np.array(clock.rollouts), slice(1, None)
+    began, later = np.array(clock.rollouts), slice(1, -1)
     return {
         "step": median((np.array(clock.end) - began)[later]),
         "rollouts": median((np.array(clock.drawn) - began)[later]),
