@@ -254,8 +254,9 @@ class Verdict:
 
 
 def _joined(said: Sequence[Judgement]) -> Judgement:
-    passed = [one.passed for one in said if one.passed is not None]
-    return Judgement(np.concatenate([one.score for one in said]), np.concatenate(passed) if passed else None)
+    passed = [one.passed for one in said if one.passed is not None]  # fewer where one call of several failed
+    score = np.concatenate([one.score for one in said])
+    return Judgement(score, np.concatenate(passed) if len(passed) == len(said) else None)
 
 
 @dataclass(frozen=True)

@@ -382,3 +382,6 @@ def test_verdicts_are_joined_with_what_each_reward_said():
         both.score.tolist() == [1, 2] and both.passed.tolist() == [True, False] and both.kept.tolist() == [True, False]
     )
     assert both.parts["a"].score.tolist() == [1, 3] and both.parts["a"].passed.tolist() == [True, False]
+    failed = Verdict(np.array([np.nan], np.float32), None, {"a": Judgement(np.zeros(1, np.float32))}, np.array([False]))
+    some = Verdict.joined([verdict(1, True), failed])
+    assert some.passed is None and some.parts["a"].passed is None and len(some.score) == 2
