@@ -365,10 +365,12 @@ def test_rewards_by_name_and_weight():
         "jpeg_size": (-0.25, {}),
         "world": (0.0, {}),
     }
-    assert reward_label(several.reward) == "pickscore + 0.5 ocr + -0.25 jpeg_size"
+    assert reward_label(several.reward) == "pickscore + 0.5 ocr - 0.25 jpeg_size"
     assert reward_terms("world") == {"world": (1.0, {})}
     assert reward_terms({"vlm": {"model": "m"}}) == {"vlm": (1.0, {"model": "m"})}
     assert resolve({"reward": {"ocr": 1}}, {"reward": "world"}).reward == "world"
+    assert resolve({"reward": {"ocr": 1, "vlm": 2}}, {"reward": {"world": 1}}).reward == {"world": 1}
+    assert reward_terms({"ocr": "1e-3"}) == {"ocr": (0.001, {})}  # as YAML reads 1e-3
 
 
 @pytest.mark.parametrize(
@@ -379,6 +381,7 @@ def test_rewards_by_name_and_weight():
         ({"ocr": "much"}, "reward: ocr: should be a weight, as in {ocr: 0.5}, or settings with a `weight` among them"),
         ({"ocr": True}, "reward: ocr: should be a weight, as in {ocr: 0.5}, or settings with a `weight` among them"),
         ({"ocr": float("nan")}, "reward: ocr: should be a weight"),
+        ({"ocr": {1: 2}}, "reward: ocr: a setting's name should be text, got 1"),
         ({"ocr": {"weight": None}}, "reward: ocr: should be a weight"),
         ({"ocr": 0}, "reward: none has a weight other than 0, so nothing would be learned from; give one of them 1"),
         ({}, "reward: none has a weight other than 0"),

@@ -260,12 +260,12 @@ def test_rewards_go_by_their_last_part_in_settings_and_in_metrics():
     assert _without_folders(settings) == {
         "reward": {"mine.py:score": 1, "pickscore=pick": {"weight": 0.5, "cache": "kept"}}
     }
-    trouble = {"reward": own, "what": f"reward {own} failed at /home/joe/secret/mine.py, line 3"}
+    trouble = {"reward": own, "kind": "failed", "images": 2, "what": f"reward {own} failed at /home/joe/x.py, line 3"}
     row = {f"reward/{own}/mean": 0.5, f"eval/reward_mean/{folder}": 1, "reward_troubles": [trouble]}
     assert json.loads(_named_shortly(json.dumps(row), settings)) == {
         "reward/mine.py:score/mean": 0.5,
         "eval/reward_mean/pickscore=pick": 1,
-        "reward_troubles": [
-            {"reward": "mine.py:score", "what": "reward mine.py:score failed at mine.py, line 3"},
-        ],
+        "reward_troubles": [{"reward": "mine.py:score", "kind": "failed", "images": 2}],
     }
+    away = {"reward": "remote=http://gpu1.corp:8123,http://gpu2.corp:8123", "token_file": "~/secret/x"}
+    assert _without_folders(away) == {"reward": "remote", "token_file": "x"}

@@ -9,10 +9,10 @@ import torch
 from aegpo import models, rewards, world
 from aegpo.adapt import memory as memories
 from aegpo.adapt.memory import Memory
-from aegpo.config import Config, Model, Optimizer, Probe, Sampler, resolve
+from aegpo.config import Checks, Config, Model, Optimizer, Probe, Sampler, resolve
 from aegpo.models.probe import AttentionProbe
 from aegpo.rewards import Reward
-from aegpo.rewards.panel import alone
+from aegpo.rewards.panel import Panel, alone
 from aegpo.rollout import SPREAD, collect, noise, shared_trunk
 from aegpo.signals import entropy_curves, probe, reward_spread
 from aegpo.types import Judgement, Plan, Prompt
@@ -130,6 +130,14 @@ def test_the_spread_of_reward_is_measured_step_by_step(model):
     def brightness(images, prompts, metadata):
         return Judgement(images.mean((1, 2, 3)).astype(np.float32))
 
+    called = []
+
+    def sizes(images, prompts, metadata):
+        called.append(len(images))
+        return brightness(images, prompts, metadata)
+
+    reward_spread(model, PROMPTS, conditions, alone(Reward("sizes", sizes, groupwise=True)), config, 5, 0)
+    assert called == [6] * 9  # what is compared explored the same step of the same prompt
     before = model.forwards
     spread = reward_spread(model, PROMPTS, conditions, alone(Reward("brightness", brightness)), config, 5, 0)
     assert model.forwards - before == 3 * 3 + 3 * 6 * (3 + 2 + 1)
@@ -171,3 +179,23 @@ def test_in_the_world_it_is_the_early_steps_whose_exploration_spreads_the_reward
     conditions = model.encode([prompt.text for prompt in prompts])
     spread = reward_spread(model, prompts, conditions, alone(rewards.load("world")), config, 0, 0)
     assert spread[:4].min() > spread[5:7].max()
+
+
+def test_groups_that_cannot_be_judged_say_nothing_of_the_spread(model):
+    config = settings(Sampler(steps=3, kind="cps", eta=0.6))
+    conditions = model.encode([prompt.text for prompt in PROMPTS])
+
+    def told(lost):
+        def judge(images, prompts, metadata):
+            score = images.mean((1, 2, 3), dtype=np.float32)
+            return Judgement(np.where([prompt in lost for prompt in prompts], np.nan, score).astype(np.float32))
+
+        checks = Checks(not_finite="drop")
+        return reward_spread(
+            model, PROMPTS, conditions, Panel({"told": (Reward("told", judge), 1.0)}, checks), config, 0, 0
+        )
+
+    texts = [prompt.text for prompt in PROMPTS]
+    each = torch.stack([told([other for other in texts if other != text]) for text in texts])
+    torch.testing.assert_close(told(texts[:1]), each[1:].mean(0))
+    assert told(texts)[:2].isnan().all() and told(texts)[2] == 0

@@ -392,9 +392,7 @@ def test_a_reward_that_fails_midway_loses_no_step(tmp_path, capsys):
     words = ["train", str(tmp_path / "small.yaml"), "--prompts.eval", str(tmp_path / "few.jsonl"), "--output-dir"]
     assert main([*words, str(run)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(
-        f"aegpo: reward {tmp_path}/mine.py:score failed at {tmp_path}/mine.py, line 4: ZeroDivision"
-    )
+    assert error.startswith(f"aegpo: reward {tmp_path}/mine.py:score failed at mine.py, line 4: ZeroDivision")
     assert error.endswith(f"; to go on from the newest checkpoint: aegpo train --resume latest --output-dir {run}\n")
     assert error.count("\n") == 1
     assert [line["step"] for line in metrics(run)] == [0, 1]
@@ -486,7 +484,9 @@ def test_a_step_is_described_by_hand():
     plain = resolve({"algorithm": "aegpo", "sampler": {"steps": 3}, "exploration": {"rule": "window", "k": 1}})
     courses = lay_out(plan, plain, [Prompt(i, "", {}) for i in range(3)], torch.tensor([1.0, 0.7, 0.4, 0]), 0)
     rollouts = Rollouts(np.zeros((7, 1, 1, 3), np.uint8), plan.group, courses, None)
-    verdict = Verdict(scores.numpy(), None, {"own": Judgement(scores.numpy())}, np.ones(7, bool))
+    verdict = alone(Reward("own", lambda *asked: Judgement(scores.numpy()))).judge(
+        np.zeros((7, 1, 1, 3), np.uint8), [Prompt(i, "", {}) for i in plan.group.tolist()]
+    )
     assert logbook.describe(plan, rollouts, signals, verdict, advantage[:, None] * courses.explored) == {
         "reward/mean": pytest.approx(12 / 7),
         "reward/std": pytest.approx(np.std([1, 1, 0, 3, 3, 2, 2])),
@@ -1066,3 +1066,34 @@ def test_ocr_judges_the_evaluations_of_a_run_and_nothing_else(tmp_path):
     assert not any(key.startswith("reward/ocr") for key in step)
     with pytest.raises(ValueError, match=r"ocr: no text is due in .*\(tried on a prompt of prompts\.train: world\)"):
         build.run(config(tmp_path, "other", reward={"world": 1, "ocr": 0.5}, prompts=prompts))
+
+
+def test_a_reward_elsewhere_is_asked_part_by_part_and_the_run_is_the_same(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def here(images, prompts): return images.mean((1, 2, 3)) / 255\n"
+        "async def away(images, prompts):\n"
+        "    with open(__file__ + '.calls', 'a') as file:\n        file.write(f'{len(images)}\\n')\n"
+        "    return here(images, prompts)\n"
+    )
+    layer = {"allocation": {"low": 2, "high": 3}, "optimizer": {"micro_batch": 2, "updates": 2}, "eval_every": 0}
+    layer |= {"prompts_per_step": 4, "steps": 2}
+    for name in ("here", "away"):
+        build.run(config(tmp_path, name, reward=f"{tmp_path}/own.py:{name}", **layer))
+    asked = [int(line) for line in (tmp_path / "own.py.calls").read_text().split()]
+    drawn = [2, 2, 6]  # tried out on two sets, and the first evaluation
+    assert asked[:3] == drawn and sum(asked[3:-1]) == 20 and len(asked) == 3 + 8 + 1  # each prompt's group, of 2 or 3
+    for here, away in zip(metrics(tmp_path / "here"), metrics(tmp_path / "away"), strict=True):
+        assert here.keys() == away.keys()
+        for key in ("reward/mean", "loss", "grad_norm", "rows", "allocation", "eval/reward_mean"):
+            assert key not in here or here[key] == pytest.approx(away[key], rel=2e-2, abs=1e-5), key
+
+
+def test_means_are_of_what_is_kept():
+    said = Judgement(np.array([1, 5, 9], np.float32))
+    kept, rewards = np.array([True, False, True]), np.array([[1], [np.nan], [9]], np.float32)
+    verdict = Verdict(rewards[:, 0], np.array([True, True, False]), {"a": said, "b": said}, rewards, (1.0,), kept)
+    found = evaluation._means(verdict, ["x", "x", "y"])
+    assert found == {
+        **{"eval/reward_mean": 5, "eval/pass_rate": 0.5, "eval/reward_mean/a": 5, "eval/reward_mean/b": 5},
+        **{"eval/reward/x": 1, "eval/pass_rate/x": 1, "eval/reward/y": 9, "eval/pass_rate/y": 0},
+    }

@@ -179,7 +179,7 @@ def export(run: Path, out: Path) -> None:
 
 
 def evaluate(
-    run: Path, prompts: str | None = None, reward: str | None = None, images: int | None = None
+    run: Path, prompts: str | None = None, reward: str | dict[str, Any] | None = None, images: int | None = None
 ) -> dict[str, float]:
     """Evaluate a run's newest checkpoint, on its held-out prompts and by its reward, or by others.
 
@@ -195,7 +195,9 @@ def evaluate(
     model = load(config.model, config.seed)
     model.prepare([prompt.text for prompt in held_out])
     checkpoint.load_weights(newest, model.trainable)
-    return evaluate_policy(config, model, held_out, judge)
+    metrics = evaluate_policy(config, model, held_out, judge)
+    _tell(judge, Console(stderr=True))
+    return metrics
 
 
 def evaluate_by_all(
@@ -249,6 +251,8 @@ def evaluate_by_all(
     }
     (out / "eval.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     console.print(_base_and_run(content["rewards"]))
+    for judge in tried.values():
+        _tell(judge, console)
     console.print(f"eval: {out / 'eval.json'}", highlight=False, markup=False, soft_wrap=True)
     return content
 
@@ -256,7 +260,7 @@ def evaluate_by_all(
 def analyze(
     model: str,
     prompts: str | None = None,
-    reward: str | None = None,
+    reward: str | dict[str, Any] | None = None,
     images: int = 4,
     out: Path | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -308,6 +312,7 @@ def analyze(
     with bar("analysis", cost, console) as advance:
         measured = measure(config, policy, asked, judge, found, advance)
     page = write_analysis(out, config, run.resolve().name, measured)
+    _tell(judge, console)
     for table in _correlations(measured):
         console.print(table)
     console.print(f"analysis: {page}", highlight=False, markup=False, soft_wrap=True)
@@ -352,7 +357,7 @@ def _lora_file(run: Path) -> Path:
     return file
 
 
-def _given(prompts: str | None, reward: str | None) -> dict[str, Any]:
+def _given(prompts: str | None, reward: str | dict[str, Any] | None) -> dict[str, Any]:
     """The settings behind `--prompts` and `--reward`, where they are given."""
     return ({"prompts": {"eval": prompts}} if prompts else {}) | ({"reward": reward} if reward else {})
 
@@ -362,6 +367,12 @@ def _try_out(rewards: Panel, prompts: Sequence[Prompt], where: str, training: bo
         rewards.try_out(prompts, training)
     except ValueError as error:
         raise ValueError(f"{error} (tried on a prompt of {where})") from error
+
+
+def _tell(rewards: Panel, console: Console) -> None:
+    """Say what the rewards met."""
+    for kind, what in {trouble.kind: trouble.what for trouble in reversed(rewards.troubles())}.items():
+        console.print(f"{kind}: {what}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _checkpoints(run: Path) -> list[Path]:

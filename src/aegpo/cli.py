@@ -43,7 +43,9 @@ Align diffusion and flow models with human preference by online reinforcement le
   aegpo COMMAND --help      (train --help lists every setting)
 """
 TRAIN_OPTIONS = ("--help", "--dry-run", "--resume", "--overwrite", "--push-to-hub")
-REWARDS = "one that is shipped (docs/rewards.md), as world, ocr, pickscore=DIR or remote=URL, or FILE.py:FUNCTION"
+REWARDS = (
+    "one that is shipped (docs/rewards.md): world, pickscore=DIR, '{vlm: {url: URL, model: M}}'; or FILE.py:FUNCTION"
+)
 ANALYZE_OPTIONS = ("--help", "--prompts", "--reward", "--images", "--out")
 ANALYZE_TAKES = {"model.path": "MODEL", "prompts.eval": "--prompts", "eval_images": "--images"}  # settings, as these
 RECIPES = Path(__file__).with_name("recipes")
@@ -178,7 +180,7 @@ def _evaluate(words: list[str]) -> None:
     own = "a .txt, a .jsonl or a data set (default: the run's own)"
     parser.add_argument("--prompts", type=_text, metavar="FILE", help=own)
     judge = f"{REWARDS} (default: the run's own)"
-    parser.add_argument("--reward", type=_text, metavar="NAME", help=judge)
+    parser.add_argument("--reward", type=_reward, metavar="NAME", help=judge)
     several = "one or several such: the base's pictures and the run's, each drawn once, are judged by all and kept"
     parser.add_argument("--rewards", type=_names, metavar="NAME,NAME,...", help=several)
     parser.add_argument("--images", type=_whole(1), metavar="N", help="images for each prompt (default: the run's own)")
@@ -250,7 +252,7 @@ def _analyze(words: list[str]) -> None:
     parser.add_argument(
         "--prompts", type=_text, metavar="FILE", help=f"a .txt, a .jsonl, a data set, or world ({default})"
     )
-    parser.add_argument("--reward", type=_text, metavar="NAME", help=f"{REWARDS} (default: the run's own)")
+    parser.add_argument("--reward", type=_reward, metavar="NAME", help=f"{REWARDS} (default: the run's own)")
     parser.add_argument("--images", type=_whole(1), metavar="N", default=4, help="images for each prompt (default: 4)")
     where = "where to write analysis.html and analysis.json (default: RUN/analysis, or runs/analysis)"
     parser.add_argument("--out", type=_text, metavar="DIR", help=where)
@@ -271,29 +273,30 @@ def _analyze(words: list[str]) -> None:
 def _reward_check(words: list[str]) -> None:
     about = "See whether a reward puts pairs of pictures in the right order; exit code 1 if it does not."
     parser = _Parser("reward-check", about)
-    parser.add_argument("NAME", type=_text, help=REWARDS)
+    parser.add_argument("NAME", type=_reward, help=REWARDS)
     own = "lines of prompt, good and bad (image files), and any metadata (default: pairs that are drawn for the reward)"
     parser.add_argument("--pairs", type=_text, metavar="FILE.jsonl", help=own)
     asked = parser.read(words)
-    from aegpo.rewards import load
+    from aegpo.config import reward_terms
+    from aegpo.rewards import load_one
     from aegpo.rewards.golden import drawn_pairs, judge_pairs, read_pairs
 
-    pairs = read_pairs(Path(asked.pairs)) if asked.pairs else drawn_pairs(asked.NAME)
-    scores = judge_pairs(load(asked.NAME), pairs)
+    pairs = read_pairs(Path(asked.pairs)) if asked.pairs else drawn_pairs(next(iter(reward_terms(asked.NAME))))
+    reward = load_one(asked.NAME)
+    scores = judge_pairs(reward, pairs)
     for pair, (good, bad) in zip(pairs, scores, strict=True):
         print(f"{'good' if good > bad else 'WRONG':<5}  {good:>10.4g}  {bad:>10.4g}  {pair.prompt}")
-    wrong = sum(not good > bad for good, bad in scores)
-    print(f"{asked.NAME}: {len(pairs) - wrong} of {len(pairs)} pairs in the right order")
+    wrong, count = sum(not good > bad for good, bad in scores), len(pairs)
+    print(f"{reward.name}: {count - wrong} of {count} pairs in the right order")
     if wrong:
-        sys.exit(
-            _say(f"reward-check: {asked.NAME} does not prefer the better picture in {wrong} of {len(pairs)} pairs", 1)
-        )
+        say = f"reward-check: {reward.name} does not prefer the better picture in {wrong} of {count} pairs"
+        sys.exit(_say(say, 1))
 
 
 def _reward_server(words: list[str]) -> None:
     about = "Serve a reward over HTTP, for runs whose reward is remote=http://ADDRESS:PORT, on this machine or another."
     parser = _Parser("reward-server", about)
-    parser.add_argument("NAME", type=_text, help=REWARDS)
+    parser.add_argument("NAME", type=_reward, help=REWARDS)
     parser.add_argument(
         "--host", type=_text, default="127.0.0.1", metavar="ADDRESS", help="to listen at (default: 127.0.0.1)"
     )
@@ -375,11 +378,8 @@ def _value(keys: list[str], text: str) -> Any:
 
     from aegpo.config import Config
 
-    if keys == ["reward"] and not text.lstrip().startswith("{"):
-        return text
-    if isinstance(functools.reduce(lambda group, key: getattr(group, key, None), keys, Config()), str) and keys != [
-        "reward"
-    ]:
+    is_text = isinstance(functools.reduce(lambda group, key: getattr(group, key, None), keys, Config()), str)
+    if is_text and not (keys == ["reward"] and text.lstrip().startswith("{")):
         return text
     try:
         return yaml.safe_load(text)
@@ -518,6 +518,11 @@ def _safetensors(word: str) -> Path:
     if Path(word).suffix != ".safetensors":
         raise argparse.ArgumentTypeError(f"must be a file whose name ends in .safetensors, not {word!r}")
     return Path(word)
+
+
+def _reward(word: str) -> str | dict[str, Any]:
+    """A reward by its name, or by name and settings as a recipe has them."""
+    return _value(["reward"], _text(word))
 
 
 def _names(word: str) -> list[str]:

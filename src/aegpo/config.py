@@ -32,6 +32,7 @@ Size = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Pair = Annotated[int, Field(ge=2, le=10**6, strict=True)]
 Number = Annotated[float, BeforeValidator(_no_switch)]
+Finite = Annotated[Number, Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
 AtLeastOne = Annotated[Number, Field(ge=1, allow_inf_nan=False)]
 NonNegative = Annotated[Number, Field(ge=0, allow_inf_nan=False)]
@@ -381,6 +382,8 @@ def resolve(*layers: dict[str, Any]) -> Config:
     laid: dict[str, Any] = {}
     for layer in layers:
         _refuse_unknown(layer, Config)  # one by one: a group of settings would hide a number that it is laid over
+        if "reward" in layer:
+            laid.pop("reward", None)  # named anew, rewards are not added to those that were
         laid = merge(laid, _choices(layer["algorithm"]) if "algorithm" in layer else {}, layer)
     try:
         config = TypeAdapter(Config).validate_python(laid)
@@ -403,12 +406,15 @@ def reward_terms(reward: str | dict[str, Any]) -> dict[str, tuple[float, dict[st
     for name, value in reward.items():
         settings = dict(value) if isinstance(value, dict) else {"weight": value}
         weight = settings.pop("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        try:
+            terms[name] = TypeAdapter(Finite).validate_python(weight), settings
+        except ValidationError:
             raise ValueError(
                 f"reward: {name}: should be a weight, as in {{{name}: 0.5}}, or settings with a `weight` among them, "
                 f"got {weight!r}"
-            )
-        terms[str(name)] = float(weight), settings
+            ) from None
+        if odd := [setting for setting in settings if not isinstance(setting, str)]:
+            raise ValueError(f"reward: {name}: a setting's name should be text, got {odd[0]!r}")
     if not any(weight for weight, _ in terms.values()):
         raise ValueError("reward: none has a weight other than 0, so nothing would be learned from; give one of them 1")
     return terms
@@ -417,7 +423,8 @@ def reward_terms(reward: str | dict[str, Any]) -> dict[str, tuple[float, dict[st
 def reward_label(reward: str | dict[str, Any]) -> str:
     """The rewards in a few words, as in `pickscore + 0.5 ocr`; those of evaluations alone are left out."""
     parts = {name: weight for name, (weight, _) in reward_terms(reward).items() if weight}
-    return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts.items())
+    label = " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in parts.items())
+    return label.replace("+ -", "- ")
 
 
 def needs_probe(config: Config) -> bool:

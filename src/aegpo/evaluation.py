@@ -82,7 +82,7 @@ def _means(judged: Verdict, tasks: Sequence[str | None]) -> dict[str, float]:
         here = np.array([other == task for other in tasks])
         take(judged.kept & here, f"eval/reward/{task}", f"eval/pass_rate/{task}")
     for name, said in judged.parts.items() if len(judged.parts) > 1 else ():
-        finite = np.isfinite(said.score)
+        finite = judged.kept & np.isfinite(said.score)
         if finite.any():
             metrics[f"eval/reward_mean/{name}"] = float(said.score[finite].mean())
             if said.passed is not None:

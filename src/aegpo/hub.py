@@ -97,13 +97,24 @@ def published(run: Path, repo: str) -> dict[str, Path | bytes]:
 
 
 def _named_shortly(metrics: str, settings: dict[str, Any]) -> str:
-    """Metrics in which rewards of the user's own go by the last part of their path, as in the settings."""
-    for name in sorted(reward_terms(settings.get("reward", "world")), key=len, reverse=True):
-        for told in (name, name.rpartition(":")[0]):  # errors tell the file alone
-            metrics = (
-                metrics.replace(json.dumps(told)[1:-1], json.dumps(_without_folders(told))[1:-1]) if told else metrics
-            )
-    return metrics
+    """Metrics without what rewards said of errors, in which they go by the last part of their path, as in settings."""
+    names = sorted(reward_terms(settings.get("reward", "world")), key=len, reverse=True)
+
+    def public(line: str) -> str:
+        row = json.loads(line)
+        if "reward_troubles" not in row and not any(f"/{name}" in line for name in names):
+            return line
+        for trouble in row.get("reward_troubles", ()):
+            del trouble["what"]
+            trouble["reward"] = _without_folders(trouble["reward"])
+        short = {name: _without_folders(name) for name in names}
+        return json.dumps({_replaced(key, short): value for key, value in row.items()})
+
+    return "".join(f"{public(line)}\n" for line in metrics.splitlines())
+
+
+def _replaced(key: str, short: dict[str, str]) -> str:
+    return next((key.replace(name, short[name]) for name in short if f"/{name}" in key), key)
 
 
 def _weights(run: Path, settings: dict[str, Any]) -> list[str]:
@@ -135,7 +146,9 @@ def _without_folders(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     name, equals, path = value.rpartition("=")  # as in pickscore=/models/pickscore
-    leads_away = PurePath(path).is_absolute() or ".." in PurePath(path).parts
+    if path.startswith(("http://", "https://")):  # of a server
+        return name or "URL"
+    leads_away = PurePath(path).is_absolute() or PurePath(path).parts[:1] == ("~",) or ".." in PurePath(path).parts
     return f"{name}{equals}{PurePath(path).name}" if leads_away else value
 
 

@@ -69,7 +69,7 @@ def describe(
         "zero_advantage_groups": silent,
     }
     for name, said in verdict.parts.items() if len(verdict.parts) > 1 else ():
-        finite = said.score[np.isfinite(said.score)]
+        finite = said.score[verdict.kept & np.isfinite(said.score)]
         metrics[f"reward/{name}/mean"] = float(finite.mean()) if len(finite) else None
         metrics[f"reward/{name}/std"] = float(finite.std()) if len(finite) else None
     if signals is not None:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
 
 import numpy as np
 import torch
@@ -96,51 +95,55 @@ def collect(
     rows, kept, images = [], [], []
     last_noise = (courses.noisy * torch.arange(1, sampler.steps + 1)).amax(1)  # the point after the last noisy step
     clean, sigma_before = torch.zeros_like(x), torch.zeros(len(x), dtype=torch.float64)  # what a solver remembers
-    for members, at in product(_parts(plan, parts, most), range(sampler.steps)):
-        lands = courses.lands[:, at]
-        walks = members & (leaves <= at) & (lands > 0)
-        to_train = walks & courses.trained[:, at] & (courses.node[everyone, lands] == everyone)
-        keeps = torch.zeros_like(walks)
-        if config.optimizer.keep_graphs and sampler.kind != "ode":
-            keeps[courses.node[to_train, at]] = True
-        on_its_own = (leaves < at) | keeps | ((leaves == at) & model.is_compiled)  # a probe runs no compiled code
-        computed = walks & on_its_own & (courses.node[:, at] == everyone)
-        velocity, graph = torch.zeros_like(x), torch.full_like(prompt, -1)
-        if trunk is not None:
-            velocity[leaves == at] = trunk.velocities[prompt[leaves == at], at]
-        for part in (*_batches(computed & ~keeps, most), *_batches(computed & keeps, most)):
-            with torch.set_grad_enabled(bool(keeps[part[0]])):
-                predicted = model.predict(x[part], sigmas[at], conditions, prompt[part], sampler.guidance)
-            velocity[part] = predicted.detach()
-            if keeps[part[0]]:
-                graph[part] = sum(map(len, kept)) + torch.arange(len(part))
-                kept.append(predicted)
-            progress(len(part))
-        progress(int(members.sum()) - int(computed.sum()))
-        velocity, graph = velocity[courses.node[:, at]], graph[courses.node[:, at]]
+    for members in _parts(plan, parts, most):
+        for at in range(sampler.steps):
+            lands = courses.lands[:, at]
+            walks = members & (leaves <= at) & (lands > 0)
+            to_train = walks & courses.trained[:, at] & (courses.node[everyone, lands] == everyone)
+            keeps = torch.zeros_like(walks)
+            if config.optimizer.keep_graphs and sampler.kind != "ode":
+                keeps[courses.node[to_train, at]] = True
+            on_its_own = (leaves < at) | keeps | ((leaves == at) & model.is_compiled)  # a probe runs no compiled code
+            computed = walks & on_its_own & (courses.node[:, at] == everyone)
+            velocity, graph = torch.zeros_like(x), torch.full_like(prompt, -1)
+            if trunk is not None:
+                velocity[leaves == at] = trunk.velocities[prompt[leaves == at], at]
+            for part in (*_batches(computed & ~keeps, most), *_batches(computed & keeps, most)):
+                with torch.set_grad_enabled(bool(keeps[part[0]])):
+                    predicted = model.predict(x[part], sigmas[at], conditions, prompt[part], sampler.guidance)
+                velocity[part] = predicted.detach()
+                if keeps[part[0]]:
+                    graph[part] = sum(map(len, kept)) + torch.arange(len(part))
+                    kept.append(predicted)
+                progress(len(part))
+            progress(int(members.sum()) - int(computed.sum()))
+            velocity, graph = velocity[courses.node[:, at]], graph[courses.node[:, at]]
 
-        x_next = x.clone()
-        for which in _some(walks & ~courses.noisy[:, at]):
-            x_next[which], _ = transition(x[which], velocity[which], sigmas[at], sigmas[lands[which]], "ode", eta=0.0)
-        for which in _some(walks & (at >= last_noise)) if sampler.solver == "dpm2m" else ():
-            x_next[which], clean[which] = dpmpp_2m(
-                x[which], velocity[which], sigmas[at], sigmas[lands[which]], clean[which], sigma_before[which]
-            )
-            sigma_before[which] = sigmas[at]
-        for which in _some(walks & courses.noisy[:, at]):
-            mean, std = transition(
-                x[which], velocity[which], sigmas[at], sigmas[lands[which]], sampler.kind, sampler.eta, sigmas[1]
-            )
-            child = courses.node[which, lands[which]]
-            x_next[which] = mean + std * torch.stack([fresh(i, at) for i in child.tolist()])
-            own, weight = to_train.nonzero().flatten(), plan.weight[prompt[to_train], at]
-            step_of = torch.full_like(own, at)
-            rows.append(_rows(x[own], x_next[own], velocity[own], step_of, lands[own], prompt, own, weight, graph[own]))
-        x = x_next
-        if at == sampler.steps - 1:
-            places = members.nonzero().flatten()
-            images.append(np.concatenate([model.decode(part) for part in x[places].split(most)]))
-            finished(images[-1], places)
+            x_next = x.clone()
+            for which in _some(walks & ~courses.noisy[:, at]):
+                x_next[which], _ = transition(
+                    x[which], velocity[which], sigmas[at], sigmas[lands[which]], "ode", eta=0.0
+                )
+            for which in _some(walks & (at >= last_noise)) if sampler.solver == "dpm2m" else ():
+                x_next[which], clean[which] = dpmpp_2m(
+                    x[which], velocity[which], sigmas[at], sigmas[lands[which]], clean[which], sigma_before[which]
+                )
+                sigma_before[which] = sigmas[at]
+            for which in _some(walks & courses.noisy[:, at]):
+                mean, std = transition(
+                    x[which], velocity[which], sigmas[at], sigmas[lands[which]], sampler.kind, sampler.eta, sigmas[1]
+                )
+                child = courses.node[which, lands[which]]
+                x_next[which] = mean + std * torch.stack([fresh(i, at) for i in child.tolist()])
+                own, weight = to_train.nonzero().flatten(), plan.weight[prompt[to_train], at]
+                step_of = torch.full_like(own, at)
+                rows.append(
+                    _rows(x[own], x_next[own], velocity[own], step_of, lands[own], prompt, own, weight, graph[own])
+                )
+            x = x_next
+        places = members.nonzero().flatten()
+        images.append(np.concatenate([model.decode(part) for part in x[places].split(most)]))
+        finished(images[-1], places)
     if sampler.kind == "ode":
         rows, kept = revisit(model, x, conditions, prompt, plan, config, courses, fresh)
     transitions = Transitions(**{name: torch.cat([getattr(row, name) for row in rows]) for name in vars(rows[0])})

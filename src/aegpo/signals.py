@@ -82,7 +82,8 @@ def reward_spread(
     but the last. Where the sampler has no noise, CPS stands in for it.
 
     Returns:
-        float64 (N,): the standard deviation of reward inside a group, mean over the prompts; 0 for the last step.
+        float64 (N,): the standard deviation of reward inside a group, mean over the prompts; 0 for the last step; not a
+        number where no group could be judged.
     """
     few, steps = min(SPREAD_PROMPTS, len(prompts)), config.sampler.steps
     sampler = replace(with_noise(config).sampler, shared_noise=True, solver="euler", compress=1.0)
@@ -99,5 +100,5 @@ def reward_spread(
     judged = [asked[i] for i in drawn.group.tolist()]
     scores = reward.judge(drawn.images, judged, drawn.group.tolist(), training=True).score
     spread = torch.from_numpy(scores).double().reshape(few, steps - 1, SPREAD_ROLLOUTS).std(2, correction=0)
-    mean = spread.nanmean(0).nan_to_num()  # over the groups that are kept
+    mean = spread.nanmean(0)  # over the groups that are kept
     return torch.cat([mean, mean.new_zeros(1)])

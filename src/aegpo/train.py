@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from aegpo import checkpoint, logbook
 from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan, remember
-from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_spread, ratio_tolerance, reward_terms
+from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_spread, ratio_tolerance
 from aegpo.data import ahead, draw
 from aegpo.evaluation import evaluate
 from aegpo.math.advantages import best_of, node_returns, tree_advantages
@@ -127,20 +127,25 @@ def train(
             if needs_probe(config):
                 signals, trunk = probe(model, batch, conditions, config, visit, memory)
             if needs_spread(config) and (step % SPREAD_EVERY == 0 or memory.reward_spread is None):
-                memory.reward_spread = reward_spread(model, batch, conditions, reward, config, step, visit, trunk)
+                fresh = reward_spread(model, batch, conditions, reward, config, step, visit, trunk)
+                memory.reward_spread = fresh.where(
+                    fresh.isfinite(), 0 if memory.reward_spread is None else memory.reward_spread
+                )
             plan = make_plan(config, batch, signals, memory, sigmas, step)
             if config.sampler.shared_noise and trunk is None:
                 trunk = shared_trunk(model, batch, conditions, plan, config, step, visit)
             display.begin("rollouts", int(plan.rollouts.sum()) * config.sampler.steps)
             inquiry = Inquiry(reward, [batch[i] for i in plan.group.tolist()], plan.group.tolist())
             parts = PARTS if reward.elsewhere else 1
-            given = model, batch, conditions, plan, config, step, trunk, display.advance
-            rollouts = collect(*given, parts=parts, finished=inquiry.ask)
+            rollouts = collect(
+                model, batch, conditions, plan, config, step, trunk, display.advance, parts=parts, finished=inquiry.ask
+            )
 
         display.begin("rewards", len(rollouts.group))
         verdict = inquiry.verdict(display.advance)
         remember(config, batch, torch.from_numpy(verdict.score), rollouts.group, memory)
-        advantage, taught = credit(config, torch.from_numpy(verdict.rewards), rollouts.group, rollouts.courses)
+        rewards = torch.from_numpy(verdict.rewards)
+        advantage, taught = credit(config, rewards, rollouts.group, rollouts.courses, verdict.weights)
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(config, step)
         rows = rollouts.transitions.judged(advantage, taught)
@@ -160,7 +165,9 @@ def train(
 # ---------------------------------------------------------------- credit
 
 
-def credit(config: Config, rewards: Tensor, group: Tensor, courses: Courses) -> tuple[Tensor, Tensor]:
+def credit(
+    config: Config, rewards: Tensor, group: Tensor, courses: Courses, weights: Sequence[float] = (1.0,)
+) -> tuple[Tensor, Tensor]:
     """What each rollout's explored steps have to do with its reward.
 
     A step is judged by where it landed: the mean reward of all rollouts that passed there, beside those of the others
@@ -173,32 +180,36 @@ def credit(config: Config, rewards: Tensor, group: Tensor, courses: Courses) -> 
             group that is to teach nothing.
         group: int64 (n,), the prompt of each rollout.
         courses: their ways.
+        weights: k, of the rewards.
 
     Returns:
         The advantages, float32 (n, N), 0 at steps that were not explored; and which steps are learned from, bool
-        (n, N): those that are trained, and lead to a rollout among the best and worst, if only these are kept.
+        (n, N): those of groups that teach that are trained, and lead to a rollout among the best and worst, if only
+        these are kept.
     """
-    how = config.advantage
-    weights = torch.tensor([weight for weight, _ in reward_terms(config.reward).values() if weight])
-    rewards = rewards.reshape(len(group), -1)
+    how, rewards = config.advantage, rewards.reshape(len(group), -1)
     kept = rewards.isfinite().all(1)
-    advantage = torch.zeros(courses.children.shape)
+    advantage, taught = torch.zeros(courses.children.shape), courses.trained & kept[:, None]
     if not kept.any():
-        return advantage, courses.trained
-    rewards, group, children = rewards[kept], group[kept], courses.children[kept]
-    score = rewards @ weights.to(rewards)
-    judged = (score[:, None], weights.new_ones(1)) if how.combine == "rewards" else (rewards, weights)
-    total = torch.zeros(children.shape)
-    for one, weight in zip(judged[0].unbind(1), judged[1].tolist(), strict=True):
-        total += weight * tree_advantages(one, group, children, how.std, how.ddof, how.eps, clip=math.inf)
+        return advantage, taught
+    each, group, children = rewards[kept].double().unbind(1), group[kept], courses.children[kept]
+    score = sum_of(weights, each)  # one by one: a product of matrices may round two equal rows differently
+    std, ddof = ("group", 0) if how.combine == "gdpo" else (how.std, how.ddof)
+    judged, shares = ([score], [1.0]) if how.combine == "rewards" else (each, weights)
+    total = sum_of(shares, [tree_advantages(one, group, children, std, ddof, how.eps, math.inf) for one in judged])
     if how.combine == "gdpo":
-        total /= total[children >= 0].square().mean().sqrt() + how.eps
+        total = total / (total[children >= 0].square().mean().sqrt() + how.eps)
     advantage[kept] = total.clamp(-how.clip, how.clip)
     if not how.best_of:
-        return advantage, courses.trained
+        return advantage, taught
     stays = torch.zeros(len(kept), dtype=torch.bool)
     stays[kept] = best_of(score, group, how.best_of)
-    return advantage, courses.trained & (node_returns(stays.double(), courses.children) > 0)
+    return advantage, taught & (node_returns(stays.double(), courses.children) > 0)
+
+
+def sum_of(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """The weighted sum of tensors of one shape."""
+    return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(0)
 
 
 # ---------------------------------------------------------------- update

@@ -231,26 +231,26 @@ class Verdict:
         score: float32 (n,), the sum of the rewards by their weights; not a number where it is not `kept`.
         passed: bool (n,), whether it passes by all that have a strict verdict and a weight; None if none has.
         parts: what each reward said, by name.
+        rewards: float32 (n, k), of each reward that has a weight; not a number where it is not `kept`.
+        weights: k, of those.
         kept: bool (n,), whether it may be learned from and counted; a group is kept whole or not at all.
     """
 
     score: np.ndarray
     passed: np.ndarray | None
     parts: dict[str, Judgement]
+    rewards: np.ndarray
+    weights: tuple[float, ...]
     kept: np.ndarray
-
-    @property
-    def rewards(self) -> np.ndarray:
-        """Of each reward, float32 (n, k); not a number where it is not `kept`."""
-        each = np.stack([said.score for said in self.parts.values()], 1)
-        return np.where(self.kept[:, None], each, np.float32(np.nan))
 
     @staticmethod
     def joined(verdicts: Sequence[Verdict]) -> Verdict:
         """Verdicts on other images by the same rewards, one after another."""
         parts = {name: _joined([verdict.parts[name] for verdict in verdicts]) for name in verdicts[0].parts}
         whole = _joined([Judgement(verdict.score, verdict.passed) for verdict in verdicts])
-        return Verdict(whole.score, whole.passed, parts, np.concatenate([verdict.kept for verdict in verdicts]))
+        rewards = np.concatenate([verdict.rewards for verdict in verdicts])
+        kept = np.concatenate([verdict.kept for verdict in verdicts])
+        return Verdict(whole.score, whole.passed, parts, rewards, verdicts[0].weights, kept)
 
 
 def _joined(said: Sequence[Judgement]) -> Judgement:

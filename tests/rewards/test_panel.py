@@ -12,6 +12,7 @@ from aegpo.adapt.courses import lay_out
 from aegpo.config import Checks, resolve
 from aegpo.math.advantages import gdpo, group_advantages
 from aegpo.rewards import Reward, load, on_frames
+from aegpo.rewards import panel as panels
 from aegpo.rewards.own import pairwise
 from aegpo.rewards.panel import CONSTANT, Inquiry, Panel, alone
 from aegpo.train import credit
@@ -97,7 +98,9 @@ def test_a_reward_that_fails_stops_the_run_or_drops_what_it_was_asked_about():
     with pytest.raises(ValueError, match=r"^reward told failed at line 3; reward_checks\.failed drop would go on$"):
         Panel(told, Checks()).judge(images(1, 9), prompts(0, 1))
     panel = Panel(told, Checks(failed="drop"))
-    assert not panel.judge(images(1, 9), prompts(0, 1)).kept.any()  # one call: all that it was about
+    assert panel.judge(images(1, 9, 2, 9), prompts(0, 1, 2, 1)).kept.tolist() == [True, False, True, False]
+    away = Panel({"told": (Reward("told", broken, elsewhere=True), 1.0)}, Checks(failed="drop"))
+    assert not away.judge(images(1, 9), prompts(0, 1)).kept.any()  # asked once: all that it was asked about
     each = Panel({"told": (Reward("told", broken, groupwise=True), 1.0)}, Checks(failed="drop"))
     assert each.judge(images(1, 2, 9, 3), prompts(0, 0, 1, 1)).kept.tolist() == [True, True, False, False]
     assert [(trouble.kind, trouble.images) for trouble in each.troubles()] == [("failed", 2)]
@@ -121,6 +124,9 @@ def test_an_answer_of_another_length_is_a_failure():
     short = Reward("short", lambda pictures, *_: Judgement(np.zeros(len(pictures) - 1, np.float32)))
     with pytest.raises(ValueError, match=r"^reward short returned shape \(2,\) for 3 images"):
         alone(short).judge(images(1, 2, 3), prompts(0, 1, 2))
+    one = Reward("one", lambda pictures, *_: Judgement(red(pictures, *_).score, np.ones(1, bool)))
+    with pytest.raises(ValueError, match=r"^reward one returned shape \(1,\) for 2 images"):
+        alone(one).judge(images(1, 2), prompts(0, 1))
 
 
 @pytest.mark.parametrize(("check", "kept"), [("warn", [True] * 4), ("drop", [True, True, False, False])])
@@ -158,6 +164,15 @@ def test_a_reward_that_always_says_the_same_is_met_after_twenty_groups():
     assert panel.troubles() == []
     with pytest.raises(ValueError, match=r"in 20 groups in a row; reward_checks\.constant warn would go on"):
         asked_of(Panel({"red": (Reward("red", red), 1.0)}, Checks(constant="stop")), *[(3, 2)] * CONSTANT)
+
+
+def test_a_step_of_training_looks_for_a_reward_that_always_says_the_same(monkeypatch):
+    monkeypatch.setattr(panels, "CONSTANT", 2)
+    panel = alone(Reward("red", red))
+    inquiry = Inquiry(panel, prompts(0, 0, 5, 5), [0, 0, 1, 1])
+    inquiry.ask(images(3, 3, 3, 3), torch.arange(4))
+    inquiry.verdict()
+    assert [trouble.kind for trouble in panel.troubles()] == ["constant"]
 
 
 def test_one_other_number_and_it_does_not_always_say_the_same():
@@ -258,18 +273,22 @@ def test_settings_of_a_shipped_reward_are_checked():
 # ---------------------------------------------------------------- advantages
 
 
-def credited(rewards, combine, weights=(1.0,), **how):
-    """Advantages at the explored steps of two prompts with three and four rollouts, one explored step each."""
-    names = dict(zip("abc", weights, strict=False))
+def credited(rewards, combine, weights=(1.0,), algorithm="flow-grpo", rollouts=(3, 4), **how):
+    """Advantages of two prompts' rollouts that explore one step each, and which steps are learned from."""
     config = resolve(
-        {"algorithm": "flow-grpo", "sampler": {"steps": 3}, "prompts_per_step": 2, "rollouts_per_step": 7},
-        {"advantage": {"combine": combine, "std": "group"} | how, "reward": names},
+        {"algorithm": algorithm, "sampler": {"steps": 3}, "prompts_per_step": len(rollouts), "rollouts_per_step": 12},
+        {
+            "advantage": {"combine": combine} | how,
+            "exploration": {"share": 1, "k": 1},
+            "allocation": {"rule": "uniform"},
+        },
     )
-    plan = Plan(
-        torch.tensor([3, 4]), torch.tensor([[1, 0, 0], [0, 1, 0]]).bool(), torch.ones(2, 3, dtype=torch.float64)
-    )
-    courses = lay_out(plan, config, prompts(0, 1), torch.tensor([1.0, 0.6, 0.3, 0.0]), 0)
-    advantage, taught = credit(config, rewards, plan.group, courses)
+    explored = torch.zeros(len(rollouts), 3, dtype=torch.bool)
+    explored[torch.arange(len(rollouts)), torch.arange(len(rollouts)) % 2] = True
+    plan = Plan(torch.tensor(rollouts), explored, torch.ones(len(rollouts), 3, dtype=torch.float64))
+    asked = prompts(*range(len(rollouts)))
+    courses = lay_out(plan, config, asked, torch.tensor([1.0, 0.6, 0.3, 0.0]), 0)
+    advantage, taught = credit(config, rewards, plan.group, courses, weights)
     assert (advantage[~courses.explored] == 0).all()
     return advantage.sum(1), taught
 
@@ -279,35 +298,48 @@ GROUP = torch.tensor([0, 0, 0, 1, 1, 1, 1])
 
 
 def test_advantages_of_the_sum_are_those_of_one_reward():
-    found, _ = credited(REWARDS, "rewards", (1.0, 0.5))
-    torch.testing.assert_close(found, group_advantages(REWARDS @ torch.tensor([1.0, 0.5]), GROUP))
+    found, _ = credited(REWARDS, "rewards", (1.0, -0.5), std="group")
+    torch.testing.assert_close(found, group_advantages(REWARDS @ torch.tensor([1.0, -0.5]), GROUP))
 
 
 def test_the_sum_of_advantages_is_bounded_once():
-    found, _ = credited(REWARDS, "advantages", (1.0, 0.5), clip=0.9)
+    found, _ = credited(REWARDS, "advantages", (1.0, -0.5), clip=0.9, std="group")
     each = [group_advantages(one, GROUP, clip=99.0) for one in REWARDS.T]
-    torch.testing.assert_close(found, (each[0] + 0.5 * each[1]).clamp(-0.9, 0.9))
+    torch.testing.assert_close(found, (each[0] - 0.5 * each[1]).clamp(-0.9, 0.9))
 
 
-def test_gdpo_where_all_explore_alike_is_its_formula():
-    found, _ = credited(REWARDS, "gdpo", (1.0, 0.5))
-    torch.testing.assert_close(found, gdpo(REWARDS, GROUP, torch.tensor([1.0, 0.5])))
-    alone, _ = credited(REWARDS[:, :1], "gdpo")
-    torch.testing.assert_close(alone, gdpo(REWARDS[:, :1], GROUP, torch.ones(1)))
+@pytest.mark.parametrize("algorithm", ["flow-grpo", "dance-grpo", "aegpo"])  # of other deviations than GDPO's
+def test_gdpo_where_all_explore_alike_is_its_formula(algorithm):
+    own = {"best_of": 0, "eps": 1e-4}
+    found, _ = credited(REWARDS, "gdpo", (1.0, -0.5), algorithm, **own)
+    torch.testing.assert_close(found, gdpo(REWARDS, GROUP, torch.tensor([1.0, -0.5])))
+    one, _ = credited(REWARDS[:, :1], "gdpo", (1.0,), algorithm, **own)
+    torch.testing.assert_close(one, gdpo(REWARDS[:, :1], GROUP, torch.ones(1)))
+
+
+@pytest.mark.parametrize("combine", ["rewards", "advantages", "gdpo"])
+def test_a_group_whose_rewards_are_all_equal_teaches_nothing_to_the_bit(combine):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        weights = torch.rand(3, generator=generator).tolist()
+        rows = torch.rand(3, 3, generator=generator).repeat_interleave(torch.tensor([9, 11, 10]), 0)
+        found, _ = credited(rows, combine, weights, "dance-grpo", (9, 11, 10), best_of=0)  # whose eps is 1e-8
+        assert (found == 0).all()
 
 
 @pytest.mark.parametrize("combine", ["rewards", "advantages", "gdpo"])
 @pytest.mark.parametrize("std", ["group", "global"])
-def test_a_group_that_is_dropped_changes_nothing_for_the_others(combine, std):
-    part = REWARDS.clone()
+@pytest.mark.parametrize("best_of", [0, 2])
+def test_a_group_that_is_dropped_is_as_if_it_had_not_been_there(combine, std, best_of):
+    part, few = REWARDS.clone(), {"std": std, "best_of": best_of}
     part[:3] = NAN
-    found, _ = credited(part, combine, (1.0, 0.5), std=std)
-    assert (found[:3] == 0).all() and (found[3:] != 0).any()
-    config_of_one, _ = credited(torch.cat([torch.ones(3, 2), REWARDS[3:]]), combine, (1.0, 0.5), std="group")
-    if std == "group" and combine != "gdpo":
-        torch.testing.assert_close(found, config_of_one)
-    nothing, taught = credited(torch.full_like(REWARDS, NAN), combine, (1.0, 0.5), std=std, best_of=2)
-    assert (nothing == 0).all() and len(taught) == 7
+    found, taught = credited(part, combine, (1.0, 0.5), **few)
+    assert (found[:3] == 0).all() and not taught[:3].any()
+    alone_, taught_alone = credited(REWARDS[3:], combine, (1.0, 0.5), rollouts=(4,), **few)
+    torch.testing.assert_close(found[3:], alone_)
+    assert torch.equal(taught[3:].any(1), taught_alone.any(1))
+    nothing, taught = credited(torch.full_like(REWARDS, NAN), combine, (1.0, 0.5), **few)
+    assert (nothing == 0).all() and not taught.any()
 
 
 def test_the_best_and_the_worst_are_those_of_the_sum():
@@ -345,12 +377,48 @@ def test_a_program_that_is_stopped_does_not_wait_for_a_reward_elsewhere():
     assert stopped.stderr.rstrip().endswith("KeyboardInterrupt")
 
 
-def test_what_is_no_error_of_the_rewards_comes_through_a_thread_as_it_is():
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_an_error_of_any_kind_is_a_failure(elsewhere):
     def judge(*asked):
-        raise ZeroDivisionError("a bug")
+        raise MemoryError("too large")
 
-    with pytest.raises(ZeroDivisionError, match="a bug"):
-        alone(Reward("a", judge, elsewhere=True)).judge(images(1), prompts(0))
+    with pytest.raises(ValueError, match=r"^reward a failed: MemoryError: too large; reward_checks\.failed drop would"):
+        alone(Reward("a", judge, elsewhere=elsewhere)).judge(images(1), prompts(0))
+    dropped = Panel({"a": (Reward("a", judge, elsewhere=elsewhere), 1.0)}, Checks(failed="drop"))
+    assert dropped.judge(images(1), prompts(0)).kept.tolist() == [False]
+    assert [trouble.what for trouble in dropped.troubles()] == ["reward a failed: MemoryError: too large"]
+
+
+def test_only_a_reward_that_is_asked_in_training_is_a_reason_to_draw_in_parts():
+    here, away = Reward("here", red), Reward("away", red, elsewhere=True)
+    assert not Panel({"here": (here, 1.0), "away": (away, 0.0)}, Checks()).elsewhere
+    assert Panel({"here": (here, 1.0), "away": (away, -0.5)}, Checks()).elsewhere
+
+
+def test_the_next_images_in_order_are_asked_about():
+    inquiry = Inquiry(alone(Reward("a", red)), prompts(0, 0, 5), [0, 0, 1])
+    with pytest.raises(AssertionError):
+        inquiry.ask(images(3), torch.tensor([2]))
+
+
+def test_what_is_async_runs_in_one_loop_and_a_file_is_run_once(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "import asyncio\n"
+        "RUN = []\n"
+        "class Client:\n"
+        "    def __init__(self): self.loops = set()\n"
+        "    async def __call__(self, images, prompts):\n"
+        "        self.loops.add(asyncio.get_running_loop())\n"
+        "        return [float(len(self.loops))] * len(images)\n"
+        "def ran(images, prompts):\n    RUN.append(1)\n    return [float(len(RUN))] * len(images)\n"
+        "def again(images, prompts): return ran(images, prompts)\n"
+    )
+    client = load(f"{tmp_path}/own.py:Client")
+    assert client.elsewhere
+    for _ in range(3):
+        assert alone(client).judge(images(1), prompts(0)).score.tolist() == [1]
+    ran, again = (load(f"{tmp_path}/own.py:{name}") for name in ("ran", "again"))
+    assert [reward(images(1), ["a"], [{}]).tolist() for reward in (ran, again)] == [[1], [2]]
 
 
 def test_parts_of_a_step_are_put_together_in_order():
@@ -370,18 +438,16 @@ def test_parts_of_a_step_are_put_together_in_order():
     assert verdict.score.tolist() == [1, 2, 3] and verdict.kept.all()
 
 
+def told(score, passed):
+    """What a panel says of one image."""
+    said = Judgement(np.array([score], np.float32), None if passed is None else np.array([passed]))
+    return Verdict(2 * said.score, said.passed, {"a": said}, said.score[:, None], (2.0,), np.array([bool(passed)]))
+
+
 def test_verdicts_are_joined_with_what_each_reward_said():
-    one = Verdict(
-        np.float32([1]), np.array([True]), {"a": Judgement(np.float32([1]), np.array([True]))}, np.array([True])
-    )
-    two = Verdict(
-        np.float32([2]), np.array([False]), {"a": Judgement(np.float32([3]), np.array([False]))}, np.array([False])
-    )
-    both = Verdict.joined([one, two])
-    assert (
-        both.score.tolist() == [1, 2] and both.passed.tolist() == [True, False] and both.kept.tolist() == [True, False]
-    )
+    both = Verdict.joined([told(1, True), told(3, False)])
+    assert both.score.tolist() == [2, 6] and both.passed.tolist() == both.kept.tolist() == [True, False]
     assert both.parts["a"].score.tolist() == [1, 3] and both.parts["a"].passed.tolist() == [True, False]
-    failed = Verdict(np.array([np.nan], np.float32), None, {"a": Judgement(np.zeros(1, np.float32))}, np.array([False]))
-    some = Verdict.joined([verdict(1, True), failed])
-    assert some.passed is None and some.parts["a"].passed is None and len(some.score) == 2
+    assert both.rewards.tolist() == [[1], [3]] and both.weights == (2.0,)
+    some = Verdict.joined([told(1, True), told(3, None)])  # one call of two failed
+    assert some.passed is None and some.parts["a"].passed is None and some.score.tolist() == [2, 6]

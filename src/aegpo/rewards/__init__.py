@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from aegpo.config import did_you_mean
+from aegpo.config import did_you_mean, reward_terms
 from aegpo.types import Judgement
 
-__all__ = ["Reward", "load"]
+__all__ = ["Reward", "load", "load_one"]
 
 Metadata = Mapping[str, Any]
 Judge = Callable[[np.ndarray, Sequence[str], Sequence[Metadata]], Judgement]
@@ -51,7 +51,7 @@ class Reward:
         return self.judge(images, prompts, metadata).score
 
 
-def load(name: str, **settings: Any) -> Reward:
+def load(name: str, /, **settings: Any) -> Reward:
     """The reward of that name.
 
     Args:
@@ -85,6 +85,15 @@ def load(name: str, **settings: Any) -> Reward:
             raise ValueError(f"reward: {name}: range: should be [lowest, highest], got {limits!r}")
         reward = replace(reward, range=(low, high))
     return replace(reward, name=name, judge=on_frames(reward.judge, reward.groupwise))
+
+
+def load_one(reward: str | dict[str, Any]) -> Reward:
+    """A reward by name, or by name and settings as in `{vlm: {url: U, model: M}}`; raises ValueError as `load` does."""
+    terms = reward_terms(reward)
+    if len(terms) != 1:
+        raise ValueError(f"reward: one is asked for, and {len(terms)} are named: {', '.join(terms)}")
+    [(name, (_, settings))] = terms.items()
+    return load(name, **settings)
 
 
 def on_frames(judge: Judge, groupwise: bool = False) -> Judge:

@@ -8,9 +8,11 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
+from threading import Thread
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -46,10 +48,10 @@ def load_own(name: str, settings: Mapping[str, Any]) -> Reward:
 def from_function(function: Callable[..., Any], name: str) -> Reward:
     """A function of images, prompts and, if it has a third argument without a default, metadata, as a reward.
 
-    What it answers is checked: n numbers, which need not be finite. One that is `async` is a reward elsewhere.
+    What it answers is checked: n numbers, which need not be finite. One that is `async` is a reward elsewhere: it may
+    be called again before it has answered, always in one event loop.
     """
-    is_async = any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
-    takes_metadata = _takes(function, 3)
+    is_async, takes_metadata = _is_async(function), _takes(function, 3)
 
     def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
         given = (images, prompts, metadata) if takes_metadata else (images, prompts)
@@ -73,7 +75,7 @@ def pairwise(function: Callable[..., Any]) -> Reward:
     Returns:
         A groupwise reward in [0, 1]: the mean over the others of its group; 0.5 for an image that is alone.
     """
-    is_async, takes_metadata = inspect.iscoroutinefunction(function), _takes(function, 4)
+    is_async, takes_metadata = _is_async(function), _takes(function, 4)
 
     def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
         count = len(images)
@@ -91,7 +93,19 @@ def pairwise(function: Callable[..., Any]) -> Reward:
 
 
 def _result(answer: Any, is_async: bool) -> Any:
-    return asyncio.run(answer) if is_async else answer
+    return asyncio.run_coroutine_threadsafe(answer, _loop()).result() if is_async else answer
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """That of one thread for all that is `async`, so that what a reward keeps open stays usable from call to call."""
+    loop = asyncio.new_event_loop()
+    Thread(target=loop.run_forever, name="async rewards", daemon=True).start()
+    return loop
+
+
+def _is_async(function: Callable[..., Any]) -> bool:
+    return any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
 
 
 def _answer(ask: Callable[[], Any], name: str, count: int) -> np.ndarray:
@@ -99,8 +113,9 @@ def _answer(ask: Callable[[], Any], name: str, count: int) -> np.ndarray:
     try:
         answer = ask()
     except (Exception, SystemExit) as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{frame.filename}, line {frame.lineno}"
+        frames = traceback.extract_tb(error.__traceback__)
+        frame = next((one for one in reversed(frames) if "site-packages" not in one.filename), frames[-1])
+        where = f"{Path(frame.filename).name}, line {frame.lineno}"  # the folders above are nobody's business
         raise ValueError(f"reward {name} failed at {where}: {type(error).__name__}: {error}") from error
     try:
         score = np.asarray(answer, dtype=np.float32)
@@ -122,16 +137,12 @@ def _import(name: str) -> Any:
     where, _, attribute = name.rpartition(":")
     if not where:
         raise ValueError(f"reward: {name!r} names no file or module before the colon")
-    if where.endswith(".py") and not Path(where).is_file():
+    path = Path(where).resolve()
+    if where.endswith(".py") and not path.is_file():
         raise ValueError(f"reward: file {where} does not exist")
     try:
         if where.endswith(".py"):
-            sys.path.append(str(Path(where).resolve().parent))  # last: nothing there takes the place of a module
-            spec = importlib.util.spec_from_file_location(f"aegpo_reward_{Path(where).stem}", where)
-            assert spec and spec.loader
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module
-            spec.loader.exec_module(module)
+            module = _run(path, path.stat().st_mtime_ns)
         else:
             sys.path.insert(0, str(Path.cwd()))
             module = importlib.import_module(where)
@@ -143,3 +154,15 @@ def _import(name: str) -> Any:
     if not callable(found):
         raise ValueError(f"reward: {where} has no function or class {attribute!r}")
     return found
+
+
+@cache
+def _run(path: Path, modified: int) -> ModuleType:
+    """The module that a file makes, run once for all that is named of it."""
+    sys.path.append(str(path.parent))  # last: nothing there takes the place of a module
+    spec = importlib.util.spec_from_file_location(f"aegpo_reward_{path.stem}_{modified}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module

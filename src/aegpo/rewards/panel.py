@@ -22,7 +22,7 @@ class _Answer:
 
     said: Judgement
     failed: np.ndarray
-    error: str
+    error: Exception | None
 
 
 class Panel:
@@ -64,8 +64,9 @@ class Panel:
         for name, (reward, weight) in self.terms.items():
             if not weight and training:
                 continue
-            ask = partial(_answer, reward, images, asked, group)
-            pending[name] = _in_background(ask) if reward.elsewhere else partial(_as_it_is, ask())
+            apart = self.checks.failed == "drop" and not reward.elsewhere
+            ask = partial(_answer, reward, images, asked, group, apart)
+            pending[name] = (_in_background if reward.elsewhere else _at_once)(ask).result
         return partial(self._verdict, pending, asked, group)
 
     def try_out(self, prompts: Sequence[Prompt], training: bool = False) -> None:
@@ -83,7 +84,7 @@ class Panel:
                 reward.read(prompt.text, prompt.metadata)
             answer = _answer(reward, black_and_white, [prompts[0]] * 2, [0, 0])
             if answer.error:
-                raise ValueError(answer.error)
+                raise _in_a_line(reward, answer.error)
 
     def troubles(self) -> list[Trouble]:
         """What was met since this was last asked for."""
@@ -113,18 +114,22 @@ class Panel:
         self, pending: Mapping[str, Callable[[], _Answer]], asked: Sequence[Prompt], group: Sequence[int]
     ) -> Verdict:
         parts: dict[str, Judgement] = {}
-        score, kept = np.zeros(len(asked), np.float32), np.ones(len(asked), bool)
+        kept, counted, weights = np.ones(len(asked), bool), [], []
         for name, wait in pending.items():
             answer, weight = wait(), self.terms[name][1]
             parts[name] = answer.said
-            kept &= self._checked(name, answer, asked) | (weight == 0)
+            sound = self._checked(name, answer, asked)
             if weight:
-                score += np.float32(weight) * answer.said.score
+                kept &= sound
+                counted.append(answer.said)
+                weights.append(weight)
         dropped = {one for one, is_kept in zip(group, kept, strict=True) if not is_kept}
         kept = np.array([one not in dropped for one in group], bool)
-        verdicts = [said.passed for name, said in parts.items() if said.passed is not None and self.terms[name][1]]
+        rewards = np.where(kept[:, None], np.stack([said.score for said in counted], 1), np.float32(np.nan))
+        score = sum(weight * one.astype(float) for weight, one in zip(weights, rewards.T, strict=True))
+        verdicts = [said.passed for said in counted if said.passed is not None]
         passed = np.logical_and.reduce(verdicts) if verdicts else None
-        return Verdict(np.where(kept, score, np.float32(np.nan)), passed, parts, kept)
+        return Verdict(np.asarray(score, np.float32), passed, parts, rewards, tuple(weights), kept)
 
     def _checked(self, name: str, answer: _Answer, asked: Sequence[Prompt]) -> np.ndarray:
         """Which of the images may be learned from, bool (n,), as far as this reward goes."""
@@ -139,13 +144,17 @@ class Panel:
             if count := int(which.sum()):
                 first = int(which.argmax())
                 said = f"reward {name} said {score[first]:g} of an image for {asked[first].text!r:.200}; {rule}"
-                self._meet(name, kind, count, answer.error if kind == "failed" else said)
+                if kind == "failed":
+                    assert answer.error
+                    self._meet(name, kind, count, str(_in_a_line(self.terms[name][0], answer.error)), answer.error)
+                else:
+                    self._meet(name, kind, count, said)
         return ~answer.failed & ~not_finite & ~(outside & (self.checks.out_of_range == "drop"))
 
-    def _meet(self, name: str, kind: str, images: int, what: str) -> None:
+    def _meet(self, name: str, kind: str, images: int, what: str, cause: Exception | None = None) -> None:
         if getattr(self.checks, kind) == "stop":
             others = "warn" if kind == "constant" else "drop"
-            raise ValueError(f"{what}; reward_checks.{kind} {others} would go on")
+            raise ValueError(f"{what}; reward_checks.{kind} {others} would go on") from cause
         self._met.append(Trouble(name, kind, images, what))
 
 
@@ -161,10 +170,13 @@ class Inquiry:
     def __init__(self, panel: Panel, asked: Sequence[Prompt], group: Sequence[int]) -> None:
         self.panel, self.asked, self.group = panel, asked, group
         self._answers: list[Callable[[], Verdict]] = []
+        self._asked = 0
 
     def ask(self, images: np.ndarray, places: Tensor) -> None:
         """Ask about some of them, uint8 (k, H, W, 3), the next k in order, whole groups; `places` is int64 (k,)."""
         own = places.tolist()
+        assert own == list(range(self._asked, self._asked + len(own))), "the next in order"
+        self._asked += len(own)
         self._answers.append(
             self.panel.ask(images, [self.asked[i] for i in own], [self.group[i] for i in own], training=True)
         )
@@ -191,20 +203,28 @@ def load_panel(config: Config) -> Panel:
     return Panel({name: (load(name, **own), weight) for name, (weight, own) in terms.items()}, config.reward_checks)
 
 
-def _answer(reward: Reward, images: np.ndarray, asked: Sequence[Prompt], group: Sequence[int]) -> _Answer:
-    """One reward's answer, in one call, or in one a group if it is groupwise."""
+def _answer(
+    reward: Reward, images: np.ndarray, asked: Sequence[Prompt], group: Sequence[int], apart: bool = False
+) -> _Answer:
+    """One reward's answer, in one call, or in one a group if it is groupwise, or if that fails and `apart` says so."""
     calls = list(_members(group)) if reward.groupwise else [np.arange(len(images))]
     score, failed = np.full(len(images), np.nan, np.float32), np.zeros(len(images), bool)
     passed: np.ndarray | None = None
-    error = ""
-    for places in calls:
+    error: Exception | None = None
+    while calls:
+        places = calls.pop(0)
         prompts = [asked[i] for i in places.tolist()]
         try:
             said = reward.judge(images[places], [one.text for one in prompts], [one.metadata for one in prompts])
-            if said.score.shape != (len(places),):
-                raise ValueError(f"reward {reward.name} returned shape {said.score.shape} for {len(places)} images")
-        except ValueError as wrong:
-            failed[places], error = True, error or str(wrong)
+            for part in (said.score, said.passed):
+                if part is not None and part.shape != (len(places),):
+                    raise ValueError(f"reward {reward.name} returned shape {part.shape} for {len(places)} images")
+        except Exception as wrong:  # whatever a reward may raise
+            groups = list(_members([group[i] for i in places.tolist()]))
+            if apart and len(groups) > 1:
+                calls += [places[members] for members in groups]
+            else:
+                failed[places], error = True, error or wrong
             continue
         score[places] = said.score
         if said.passed is not None:
@@ -213,21 +233,32 @@ def _answer(reward: Reward, images: np.ndarray, asked: Sequence[Prompt], group: 
     return _Answer(Judgement(score, passed), failed, error)
 
 
-def _in_background(ask: Callable[[], _Answer]) -> Callable[[], _Answer]:
-    """Let a thread ask, for which a program that is stopped does not wait; returns the function that waits for it."""
+def _in_a_line(reward: Reward, error: Exception) -> ValueError:
+    """The error as users are told of it: a reward's own line as it is, anything else with its kind."""
+    if isinstance(error, ValueError):
+        return error
+    line = ValueError(f"reward {reward.name} failed: {type(error).__name__}: {error}")
+    line.__cause__ = error
+    return line
+
+
+def _at_once(ask: Callable[[], _Answer]) -> Future[_Answer]:
+    answer: Future[_Answer] = Future()
+    answer.set_result(ask())
+    return answer
+
+
+def _in_background(ask: Callable[[], _Answer]) -> Future[_Answer]:
+    """Let a thread ask, for which a program that is stopped does not wait."""
     answer: Future[_Answer] = Future()
 
     def work() -> None:
         try:
             answer.set_result(ask())
-        except BaseException as error:
+        except BaseException as error:  # or whoever waits would wait for ever
             answer.set_exception(error)
 
     Thread(target=work, name="reward", daemon=True).start()
-    return answer.result
-
-
-def _as_it_is(answer: _Answer) -> _Answer:
     return answer
 
 

@@ -120,6 +120,7 @@ class Remote:
             headers={"Authorization": f"Bearer {token}"} if token else {},
             timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT), pool=None),
             limits=httpx.Limits(keepalive_expiry=30),
+            trust_env=all(url.startswith("https:") for url in urls),  # or a proxy would read the token
         )
         self.free = asyncio.Semaphore(PARTS * len(urls))
         self.loop = asyncio.new_event_loop()
@@ -241,7 +242,7 @@ def _checked(url: str) -> str:
 def _health(url: str, timeout: float) -> Health:
     hint = "is `aegpo reward-server` running there?"
     try:
-        reply = httpx.get(f"{url}/healthz", timeout=timeout)
+        reply = httpx.get(f"{url}/healthz", timeout=timeout, trust_env=url.startswith("https:"))
     except httpx.TransportError as error:
         raise ValueError(f"reward: remote: {url} {_how(error)}; {hint}") from None
     if reply.status_code != 200:

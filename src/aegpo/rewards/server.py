@@ -32,14 +32,11 @@ from starlette.requests import ClientDisconnect
 
 from aegpo import rewards
 from aegpo.rewards import Reward
-from aegpo.rewards.wire import SAFETENSORS, TOKEN, read_token, spelled
+from aegpo.rewards.wire import SAFETENSORS, TOKEN, public, read_token, spelled
 
 IMAGES = 4096  # of one request, at most
 WAITING = 16  # so many times the largest body may wait for the reward, in bytes
 KEPT = 1024  # answers that are remembered, for a request that comes again
-SENT_IN_VAIN = (
-    8  # so many times the largest body is read of one that is too large, since its sender reads nothing before
-)
 KEEP_ALIVE = 75  # seconds; longer than clients do, so that it is they who close
 LONGEST_LINE = 500
 HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}
@@ -48,12 +45,19 @@ Reply = tuple[int, bytes]  # a status, and JSON
 
 
 def serve(
-    name: str, host: str, port: int, batch: int, wait_ms: int, limit_mb: int, timeout: float, token_file: str | None
+    reward: str | dict[str, Any],
+    host: str,
+    port: int,
+    batch: int,
+    wait_ms: int,
+    limit_mb: int,
+    timeout: float,
+    token_file: str | None,
 ) -> None:
     """Serve a reward until SIGTERM, or Ctrl-C; what is in flight then is still answered.
 
     Args:
-        name: of the reward, as `rewards.load` has it.
+        reward: its name, or that with its settings, as `rewards.load_one` has it.
         host: to listen at; other than loopback only with a token.
         port: to listen at; 0 is a free one.
         batch: images that go to the reward in one call, unless a single request has more.
@@ -71,13 +75,14 @@ def serve(
             f"reward-server: --host {host} lets others in, so clients must know a token: set {TOKEN}, or --token-file"
         )
     with _bound(host, port) as bound:
-        service = Service(rewards.load(name), token, batch, wait_ms / 1000, limit_mb * 2**20, timeout)
+        served = rewards.load_one(reward)
+        service = Service(served, token, batch, wait_ms / 1000, limit_mb * 2**20, timeout)
         settings = uvicorn.Config(
             service.app(), lifespan="off", log_level="error", access_log=False, timeout_keep_alive=KEEP_ALIVE
         )
         bound.listen(settings.backlog)
         at = f"[{host}]" if ":" in host else host
-        print(f"serving {name} at http://{at}:{bound.getsockname()[1]}", flush=True)
+        print(f"serving {served.name} at http://{at}:{bound.getsockname()[1]}", flush=True)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn raises it again once it has finished
         uvicorn.Server(settings).run(sockets=[bound])
 
@@ -334,7 +339,7 @@ class Worker:
         for job in jobs:
             start, end = end, end + len(job.images)
             passed = None if said.passed is None else said.passed[start:end].tolist()
-            about = {"reward": self.reward.name, "scores": spelled(said.score[start:end]), "passed": passed}
+            about = {"reward": public(self.reward.name), "scores": spelled(said.score[start:end]), "passed": passed}
             replies.append((200, json.dumps(about).encode()))
         return replies
 
@@ -383,7 +388,12 @@ class Service:
     async def health(self) -> Response:
         """`GET /healthz`."""
         limits = [limit if np.isfinite(limit) else None for limit in self.reward.range]
-        about = {"status": "ok", "reward": self.reward.name, "range": limits, "groupwise": self.reward.groupwise}
+        about = {
+            "status": "ok",
+            "reward": public(self.reward.name),
+            "range": limits,
+            "groupwise": self.reward.groupwise,
+        }
         return _response((200, json.dumps(about | {"version": version("aegpo")}).encode()))
 
     async def numbers(self, request: Request) -> Response:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,3 +44,8 @@ def read_token(file: str | None) -> str | None:
         where = TOKEN if file is None else f"the token file {file}"
         raise ValueError(f"{where} should hold a token, letters, digits and signs of ASCII without a space among them")
     return token
+
+
+def public(name: str) -> str:
+    """A reward's name without the folders that stand in it, which are nobody's business."""
+    return re.sub(r"[^=]*/", "", name)
