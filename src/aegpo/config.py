@@ -230,7 +230,8 @@ class Advantage:
     """Bound on an advantage's size."""
     combine: Literal["rewards", "advantages", "gdpo"] = "rewards"
     """Of several rewards: take advantages of their weighted sum (Flow-GRPO); take the weighted sum of each one's
-    advantages (MixGRPO); or divide that once more by its deviation over the step (GDPO, arXiv 2601.05242)."""
+    advantages (MixGRPO); or divide each by its group's deviation, and that sum once more by its own over the step
+    (GDPO, arXiv 2601.05242)."""
     best_of: Size = 0
     """Train on so many rollouts of a group only, the best and the worst (DanceGRPO; on a tree, BranchGRPO's width
     pruning); 0: on all."""

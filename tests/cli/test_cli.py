@@ -80,7 +80,7 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
     ("argv", "expected"),
     [
         # the command
-        ([], "no command given; the commands are train, .*, analyze, reward-server, world$"),
+        ([], "no command given; the commands are train, .*, reward-check, reward-server, world$"),
         (["trian"], "'trian' is not a command; the commands are train, .*; did you mean train\\?"),
         (["--hlep"], "'--hlep' is not a command; .*; did you mean --help\\?"),
         # the recipe
