@@ -34,10 +34,11 @@ def test_a_reward_that_cannot_be_right_is_said_at_once_and_a_step_without_any_ha
     file = io.StringIO()
     trouble = {"reward": "own", "kind": "not_finite", "images": 3, "what": "reward own said nan of an image for [b]"}
     with Display(2, Console(file=file, width=200)) as shown:
-        shown.step(TRAINED | {"reward/mean": None, "reward_troubles": [trouble]})
+        for _ in range(2):
+            shown.step(TRAINED | {"reward/mean": None, "reward_troubles": [trouble]})
     assert file.getvalue().splitlines() == [
         "step    1: not_finite (3 images): reward own said nan of an image for [b]",
-        "step    1: (2,400 forwards, 3 s)",
+        *["step    1: (2,400 forwards, 3 s)"] * 2,
     ]
 
 

@@ -15,6 +15,7 @@ from aegpo.cli import main
 from aegpo.config import dump_yaml, needs_velocity, resolve
 from aegpo.data import load_prompts
 from aegpo.display import Display
+from aegpo.report import write_model_card
 from aegpo.rewards.panel import load_panel
 from aegpo.train import train
 
@@ -75,7 +76,7 @@ def test_it_trains_begins_at_ratio_one_and_costs_no_more_than_the_dry_run_says(s
     (tmp_path / "own.yaml").write_text(dump_yaml(own))
     assert main(["train", str(tmp_path / "own.yaml"), "--dry-run"]) == 0
     said = {line[2:25].strip(): line.split()[-1] for line in capsys.readouterr().out.splitlines() if line[:1] == "#"}
-    build.run(own)
+    run(own)
     before, *lines = metrics(own)
     for line in lines:
         assert 0 < line["rows"] <= int(said["rows"])
@@ -88,7 +89,7 @@ def test_it_trains_begins_at_ratio_one_and_costs_no_more_than_the_dry_run_says(s
     assert spent <= int(said["evaluations in all"].replace(",", "")) + int(said["base probes in all"].replace(",", ""))
     begin = {name: p.detach() for name, p in models.load(own.model).trainable.items()}
     assert any((weights(own, 2)[name] != begin[name]).any() for name in begin)
-    assert re.search(ALGORITHMS[algorithm].paper, Path(own.output_dir, "README.md").read_text())
+    assert re.search(ALGORITHMS[algorithm].paper, write_model_card(Path(own.output_dir)).read_text())
 
 
 RATIOS = [

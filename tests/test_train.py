@@ -51,7 +51,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def few_held_out_prompts(tmp_path):
-    rows = world.held_out()[::24]
+    rows = world.held_out()[::48]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -105,10 +105,8 @@ def metrics(run, without=("seconds",)):
 )
 def test_two_runs_are_the_same_to_the_bit_and_so_is_one_that_was_resumed(tmp_path, changes):
     build.run(config(tmp_path, "one", **changes))
-    build.run(config(tmp_path, "two", **changes))
-    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
-
     build.run(config(tmp_path, "cut", **changes, steps=2))
+    assert metrics(tmp_path / "one")[1] == metrics(tmp_path / "cut")[1]
     build.run(config(tmp_path, "cut", **changes), resume=str(tmp_path / "cut" / "checkpoint-1"))
     assert metrics(tmp_path / "one") == metrics(tmp_path / "cut")
     one, cut = (tmp_path / name / "checkpoint-3" for name in ("one", "cut"))

@@ -488,8 +488,10 @@ def _base_and_run(judged: dict[str, Any]) -> Table:
 
 def _before_after(folder: Path) -> Table:
     evaluations = [row for row in read_metrics(folder) if "eval/reward_mean" in row]
-    first, last = evaluations[0], evaluations[-1]
     table = Table("held-out", "before", "after", "change")
+    if not evaluations:
+        return table
+    first, last = evaluations[0], evaluations[-1]
     for name in [key for key in first if key.startswith("eval/") and key in last]:
         label = name.removeprefix("eval/").replace("_", " ").replace("/", ": ")
         table.add_row(escape(label), f"{first[name]:.3f}", f"{last[name]:.3f}", f"{last[name] - first[name]:+.3f}")

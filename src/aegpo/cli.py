@@ -278,9 +278,11 @@ def _reward_check(words: list[str]) -> None:
     parser.add_argument("--pairs", type=_text, metavar="FILE.jsonl", help=own)
     asked = parser.read(words)
     from aegpo.config import reward_terms
-    from aegpo.rewards import load_one
+    from aegpo.rewards import checked, load_one
     from aegpo.rewards.golden import drawn_pairs, judge_pairs, read_pairs
 
+    for name, (_, settings) in reward_terms(asked.NAME).items():
+        checked(name, **settings)
     pairs = read_pairs(Path(asked.pairs)) if asked.pairs else drawn_pairs(next(iter(reward_terms(asked.NAME))))
     reward = load_one(asked.NAME)
     scores = judge_pairs(reward, pairs)
@@ -378,8 +380,13 @@ def _value(keys: list[str], text: str) -> Any:
 
     from aegpo.config import Config
 
+    named = keys == ["reward"] and not text.lstrip().startswith("{")
+    if named and (": " in text or text.startswith("[")):
+        raise ValueError(
+            f"reward: should be a name, or weights by name, as in '{{pickscore: 1, ocr: 0.5}}', got {text!r}"
+        )
     is_text = isinstance(functools.reduce(lambda group, key: getattr(group, key, None), keys, Config()), str)
-    if is_text and not (keys == ["reward"] and text.lstrip().startswith("{")):
+    if named or (is_text and keys != ["reward"]):
         return text
     try:
         return yaml.safe_load(text)

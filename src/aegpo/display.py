@@ -22,6 +22,7 @@ class Display:
         self.phase = self.bars.add_task("", total=None, note="", visible=False)
         self._before = (time.monotonic(), 0)
         self._said = time.monotonic()
+        self._told: set[tuple[str, str]] = set()
 
     def __enter__(self) -> Self:
         self.bars.start()
@@ -50,7 +51,11 @@ class Display:
         mean = metrics.get("reward/mean")  # none where all groups were dropped
         note = "" if mean is None else f"reward {mean:.3f}  "
         for trouble in metrics.get("reward_troubles", ()):
-            self._say(f"step {metrics['step']:>4}: {trouble['kind']} ({trouble['images']:,} images): {trouble['what']}")
+            if (trouble["reward"], trouble["kind"]) not in self._told:  # once; the report counts them
+                self._told.add((trouble["reward"], trouble["kind"]))
+                self._say(
+                    f"step {metrics['step']:>4}: {trouble['kind']} ({trouble['images']:,} images): {trouble['what']}"
+                )
         self.bars.update(self.whole, completed=metrics["step"], note=f"{note}{pace:,.0f} forwards/s")
         cost = f"({metrics['forwards']:,} forwards, {metrics['seconds']:.0f} s)"
         if "eval/reward_mean" in metrics:

@@ -16,16 +16,21 @@ from aegpo.config import (
     needs_reference,
     needs_spread,
     needs_velocity,
+    reward_terms,
 )
 from aegpo.models import memory
+from aegpo.rewards import checked
 
 
 def print_dry_run(config: Config) -> None:
     """Print the config, and under it its arithmetic and its memory as comments: all of it together is a recipe.
 
     Raises:
-        ValueError: the pipeline cannot do what is asked, or the GPU here is too small for it.
+        ValueError: there is no such reward or setting of one, the pipeline cannot do what is asked, or the GPU here is
+            too small for it.
     """
+    for name, (_, settings) in reward_terms(config.reward).items():
+        checked(name, **settings)
     outline = memory.sizes(config.model)
     print(dump_yaml(config))
     for what, how, number in _arithmetic(config, outline is None or not outline.family.is_distilled):

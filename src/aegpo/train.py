@@ -4,7 +4,6 @@ It knows no algorithm by name. A variant is a choice of sampler, allocation, exp
 (`aegpo.algorithms`), and arrives here as settings.
 """
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from aegpo.adapt.plan import make_plan, remember
 from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_spread, ratio_tolerance
 from aegpo.data import ahead, draw
 from aegpo.evaluation import evaluate
-from aegpo.math.advantages import best_of, node_returns, tree_advantages
+from aegpo.math.advantages import best_of, combined_advantages, node_returns, weighted_sum
 from aegpo.models.base import Denoiser, acting
 from aegpo.objective import objective, predict_again
 from aegpo.optimizer import make_optimizer
@@ -192,24 +191,15 @@ def credit(
     advantage, taught = torch.zeros(courses.children.shape), courses.trained & kept[:, None]
     if not kept.any():
         return advantage, taught
-    each, group, children = rewards[kept].double().unbind(1), group[kept], courses.children[kept]
-    score = sum_of(weights, each)  # one by one: a product of matrices may round two equal rows differently
-    std, ddof = ("group", 0) if how.combine == "gdpo" else (how.std, how.ddof)
-    judged, shares = ([score], [1.0]) if how.combine == "rewards" else (each, weights)
-    total = sum_of(shares, [tree_advantages(one, group, children, std, ddof, how.eps, math.inf) for one in judged])
-    if how.combine == "gdpo":
-        total = total / (total[children >= 0].square().mean().sqrt() + how.eps)
-    advantage[kept] = total.clamp(-how.clip, how.clip)
+    rewards, group, children = rewards[kept], group[kept], courses.children[kept]
+    advantage[kept] = combined_advantages(
+        rewards, group, children, weights, how.combine, how.std, how.ddof, how.eps, how.clip
+    )
     if not how.best_of:
         return advantage, taught
     stays = torch.zeros(len(kept), dtype=torch.bool)
-    stays[kept] = best_of(score, group, how.best_of)
+    stays[kept] = best_of(weighted_sum(weights, rewards.double().unbind(1)), group, how.best_of)
     return advantage, taught & (node_returns(stays.double(), courses.children) > 0)
-
-
-def sum_of(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
-    """The weighted sum of tensors of one shape."""
-    return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(0)
 
 
 # ---------------------------------------------------------------- update

@@ -81,6 +81,13 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
     [
         # the command
         ([], "no command given; the commands are train, .*, reward-check, reward-server, world$"),
+        (["train", "--reward", "world: 1"], "reward: should be a name, or .*, as in '{pickscore: .*, got 'world: 1'"),
+        (["train", "--reward", "[world]"], "reward: should be a name, or .*, as in '{pickscore: .*, got '\\[world\\]'"),
+        (
+            ["train", "--dry-run", "--reward", "picscore"],
+            "reward: 'picscore' is unknown; .*; did you mean pickscore\\?",
+        ),
+        (["train", "--dry-run", "--reward", "{vlm: {url: x}}"], "reward: vlm needs the setting model"),
         (["trian"], "'trian' is not a command; the commands are train, .*; did you mean train\\?"),
         (["--hlep"], "'--hlep' is not a command; .*; did you mean --help\\?"),
         # the recipe

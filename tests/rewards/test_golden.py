@@ -71,10 +71,11 @@ def test_a_pair_is_one_group_and_keeps_its_metadata():
     ("content", "said"),
     [
         ("", "holds no pairs"),
-        ("{", "line 1: .*; it should hold prompt, good and bad"),
-        ("[1]", "line 1: .*; it should hold prompt, good and bad"),
+        ("{", "line 1: .*; a line holds prompt, good and bad"),
+        ("[1]", "line 1: .*; a line holds prompt, good and bad"),
+        ('{"prompt": "p", "good": "a.png", "bad": 3}', "line 1: all three are texts; a line holds"),
         ('{"prompt": "p", "good": "a.png"}', "line 1: it has no 'bad'"),
-        ('{"prompt": "p", "good": "none.png", "bad": "none.png"}', "line 1: .*No such file"),
+        ('{"prompt": "p", "good": "none.png", "bad": "none.png"}', "line 1: .*No such file.*none.png'$"),
         ('{"prompt": "p", "good": "pairs.jsonl", "bad": "x"}', "line 1: cannot identify image file"),
     ],
 )
@@ -84,6 +85,11 @@ def test_pairs_that_cannot_be_read(tmp_path, capsys, content, said):
         read_pairs(tmp_path / "pairs.jsonl")
     assert "\n" not in str(error.value)
     assert main(["reward-check", "world", "--pairs", str(tmp_path / "pairs.jsonl")]) == 2
+
+
+def test_a_reward_that_there_is_not_is_said_to_be_unknown(capsys):
+    assert main(["reward-check", "ocrr"]) == 2
+    assert "'ocrr' is unknown; known are aesthetic, " in capsys.readouterr().err
 
 
 def test_none_are_drawn_for_what_we_cannot_know(capsys):

@@ -236,6 +236,8 @@ def test_a_function_that_is_to_see_a_group_and_one_that_is_async(tmp_path):
         "class Times:\n"
         "    def __init__(self, by: float = 1): self.by = by\n"
         "    def __call__(self, images, prompts): return self.by * images[:, 0, 0, 0]\n"
+        "class Broken:\n    def __init__(self): raise OSError('no weights')\n"
+        "def one(images): return 1\n"
         "def plus(images, prompts, more=0): return images[:, 0, 0, 0] + more\n"
     )
     place = load(f"{tmp_path}/own.py:place")
@@ -251,6 +253,8 @@ def test_a_function_that_is_to_see_a_group_and_one_that_is_async(tmp_path):
         ("Times", {"of": 1}, "does not take its settings: .*unexpected keyword argument 'of'"),
         ("plus", {"of": 1}, "does not take its settings: .*unexpected keyword argument 'of'"),
         ("place", {"of": 1}, "takes no settings but range, and of was given"),
+        ("Broken", {}, "cannot be made: OSError: no weights"),
+        ("one", {}, "own.py:one should take images, prompts and maybe metadata: too many positional arguments"),
         ("plus", {"range": [5, 0]}, r"range: should be \[lowest, highest\]"),
         ("plus", {"range": "wide"}, "range: .*valid tuple"),
     ):

@@ -306,7 +306,8 @@ def test_seconds_that_are_none(timeout, patience):
 # ---------------------------------------------------------------- a training run
 
 
-def test_a_run_goes_on_when_its_server_is_killed_and_is_the_run_it_would_have_been(tmp_path):
+def test_a_run_goes_on_when_its_server_is_killed_and_is_the_run_it_would_have_been(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(remote, "QUIET", 0.0)
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in world.held_out()[::24]))
 
     def run(name, served):
@@ -334,4 +335,7 @@ def test_a_run_goes_on_when_its_server_is_killed_and_is_the_run_it_would_have_be
         run("there", f"remote={process.url}")
         troubling.join(60)
     assert kills == [-signal.SIGKILL] * 2
+    said = capsys.readouterr().err
+    assert f"reward: remote: waiting for {process.url}, up to 300 s: it could not be reached: " in said
+    assert said.count("waiting for") == said.count(f"{process.url} answers again") == 2
     assert metrics("there") == metrics("here") and len(metrics("here")) == 3

@@ -1,11 +1,14 @@
 """Advantages: how much better a rollout did than the others of its group."""
 
+import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Std = Literal["group", "global", "none"]
+Combine = Literal["rewards", "advantages", "gdpo"]
 
 
 def group_advantages(
@@ -120,6 +123,47 @@ def tree_advantages(
     siblings = _segments(depth[first], group[leaf[first]])
     per_node = _relative(returns[leaf[first], depth[first]], siblings, rewards, std, ddof, eps)
     return returns.new_zeros(node.shape).index_put((leaf, depth), per_node[which]).clamp(-clip, clip).float()
+
+
+def combined_advantages(
+    rewards: Tensor,
+    group: Tensor,
+    node: Tensor,
+    weights: Sequence[float],
+    combine: Combine = "rewards",
+    std: Std = "group",
+    ddof: int = 0,
+    eps: float = 1e-4,
+    clip: float = 5.0,
+) -> Tensor:
+    """Advantages of a tree's edges, as `tree_advantages`, by several rewards, bounded once they are combined.
+
+    Args:
+        rewards: (n, k), of the leaves, any float dtype, finite.
+        group, node, eps, clip: as for `tree_advantages`.
+        weights: k, how much each reward counts.
+        combine: `rewards`: advantages of their weighted sum (Flow-GRPO, arXiv 2505.05470). `advantages`: the weighted
+            sum of each one's (MixGRPO, arXiv 2507.21802). `gdpo`: that, each divided by its group's population
+            deviation, over its own root mean square over all edges of all leaves (GDPO, arXiv 2601.05242); where every
+            leaf explores alike and is a node of its own it is `gdpo`.
+        std, ddof: as for `tree_advantages`, but of no effect on `gdpo`.
+
+    Returns:
+        (n, T), float32; exactly 0 throughout a group whose rewards are all equal.
+    """
+    each = rewards.double().unbind(1)
+    std, ddof = ("group", 0) if combine == "gdpo" else (std, ddof)
+    if combine == "rewards":  # added one by one: a product of matrices may round equal rows differently
+        return tree_advantages(weighted_sum(weights, each), group, node, std, ddof, eps, clip)
+    total = weighted_sum(weights, [tree_advantages(one, group, node, std, ddof, eps, math.inf) for one in each])
+    if combine == "gdpo":
+        total = total / (total[node >= 0].square().mean().sqrt() + eps)
+    return total.clamp(-clip, clip)
+
+
+def weighted_sum(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    """The weighted sum of tensors of one shape, which is the same wherever they are."""
+    return torch.stack([weight * value for weight, value in zip(weights, values, strict=True)]).sum(0)
 
 
 def best_of(rewards: Tensor, group: Tensor, keep: int) -> Tensor:

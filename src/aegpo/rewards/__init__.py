@@ -6,6 +6,7 @@ import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,29 +63,38 @@ def load(name: str, /, **settings: Any) -> Reward:
     Raises:
         ValueError: no such reward, file or function, no such setting of it, or a scorer's files cannot be had.
     """
+    return checked(name, **settings)()
+
+
+def checked(name: str, /, **settings: Any) -> Callable[[], Reward]:
+    """The function that makes a reward of that name, as `load` does; a wrong name or setting is said by now."""
     scorer, has_value, value = name.partition("=")
     limits = settings.pop("range", None)
+    if limits is not None:
+        limits = _valid(name, "range", limits, tuple[float, float])
+        if not limits[0] < limits[1]:
+            raise ValueError(f"reward: {name}: range: should be [lowest, highest], got {list(limits)}")
     if scorer in SCORERS:
         if has_value and not value:
             raise ValueError(f"reward: {name!r} has nothing after the =")
-        reward = _with_settings(
-            importlib.import_module(f"aegpo.rewards.{scorer}").load, name, [value] if has_value else [], settings
-        )
+        scorer_load = importlib.import_module(f"aegpo.rewards.{scorer}").load
+        make = _with_settings(scorer_load, name, [value] if has_value else [], settings)
     elif ":" in name:
         from aegpo.rewards.own import load_own
 
-        reward = load_own(name, settings)
+        make = partial(load_own, name, settings)
     else:
         raise ValueError(
             f"reward: {name!r} is unknown; known are {', '.join(SCORERS)}, and your own as 'my_reward.py:score'"
             f"{did_you_mean(scorer, SCORERS)}"
         )
-    if limits is not None:
-        low, high = _valid(name, "range", limits, tuple[float, float])
-        if not low < high:
-            raise ValueError(f"reward: {name}: range: should be [lowest, highest], got {limits!r}")
-        reward = replace(reward, range=(low, high))
-    return replace(reward, name=name, judge=on_frames(reward.judge, reward.groupwise))
+
+    def named() -> Reward:
+        reward = make()
+        judge = on_frames(reward.judge, reward.groupwise)
+        return replace(reward, name=name, judge=judge, range=reward.range if limits is None else limits)
+
+    return named
 
 
 def load_one(reward: str | dict[str, Any]) -> Reward:
@@ -120,8 +130,10 @@ def on_frames(judge: Judge, groupwise: bool = False) -> Judge:
     return of_videos
 
 
-def _with_settings(make: Callable[..., Reward], name: str, first: list[Any], settings: dict[str, Any]) -> Reward:
-    """What `make` returns; its parameters are the settings there are, and their annotations what these may be."""
+def _with_settings(
+    make: Callable[..., Reward], name: str, first: list[Any], settings: dict[str, Any]
+) -> Callable[[], Reward]:
+    """`make` with settings; its parameters are the settings there are, and their annotations what these may be."""
     known = list(inspect.signature(make).parameters)
     for setting in settings:
         if setting not in known:
@@ -138,7 +150,7 @@ def _with_settings(make: Callable[..., Reward], name: str, first: list[Any], set
         if setting not in given and parameter.default is inspect.Parameter.empty:
             raise ValueError(f"reward: {name} needs the setting {setting}")
     hints = typing.get_type_hints(make)
-    return make(**{setting: _valid(name, setting, value, hints[setting]) for setting, value in given.items()})
+    return partial(make, **{setting: _valid(name, setting, value, hints[setting]) for setting, value in given.items()})
 
 
 def _valid(name: str, setting: str, value: Any, kind: Any) -> Any:

@@ -60,13 +60,16 @@ def read_pairs(path: Path) -> list[Pair]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = dict(json.loads(line))
             prompt, good, bad = (row.pop(key) for key in ("prompt", "good", "bad"))
+            if not all(isinstance(text, str) for text in (prompt, good, bad)):
+                raise TypeError("all three are texts")
             good, bad = (np.asarray(Image.open(path.parent / file).convert("RGB")) for file in (good, bad))
             pairs.append(Pair(prompt, good, bad, row))
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             said = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-            raise ValueError(f"--pairs: {path}, line {number}: {said}; it should hold prompt, good and bad") from None
+            due = "" if isinstance(error, OSError) else "; a line holds prompt, good and bad"
+            raise ValueError(f"--pairs: {path}, line {number}: {said}{due}") from None
     if not pairs:
         raise ValueError(f"--pairs: {path} holds no pairs")
     return pairs

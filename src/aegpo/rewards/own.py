@@ -42,6 +42,8 @@ def load_own(name: str, settings: Mapping[str, Any]) -> Reward:
             found = partial(found, **settings)
     except TypeError as error:
         raise ValueError(f"reward: {name} does not take its settings: {error}") from None
+    except Exception as error:  # of the user's own class
+        raise ValueError(f"reward: {name} cannot be made: {type(error).__name__}: {error}") from error
     return from_function(found, name)
 
 
@@ -52,6 +54,7 @@ def from_function(function: Callable[..., Any], name: str) -> Reward:
     be called again before it has answered, always in one event loop.
     """
     is_async, takes_metadata = _is_async(function), _takes(function, 3)
+    _refuse_others(function, name, 2 + takes_metadata, "images, prompts and maybe metadata")
 
     def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
         given = (images, prompts, metadata) if takes_metadata else (images, prompts)
@@ -76,6 +79,9 @@ def pairwise(function: Callable[..., Any]) -> Reward:
         A groupwise reward in [0, 1]: the mean over the others of its group; 0.5 for an image that is alone.
     """
     is_async, takes_metadata = _is_async(function), _takes(function, 4)
+    _refuse_others(
+        function, function.__name__, 3 + takes_metadata, "first images, second images, prompts and maybe metadata"
+    )
 
     def judge(images: np.ndarray, prompts: Sequence[str], metadata: Sequence[Metadata]) -> Judgement:
         count = len(images)
@@ -85,7 +91,9 @@ def pairwise(function: Callable[..., Any]) -> Reward:
         about = [[kept[i] for i in first] for kept in (prompts, metadata)]
         given = (images[first], images[second], *about[: 1 + takes_metadata])
         wins = np.full((count, count), 0.5)
-        wins[first, second] = _answer(lambda: _result(function(*given), is_async), function.__name__, len(first))
+        wins[first, second] = _answer(
+            lambda: _result(function(*given), is_async), function.__name__, len(first), "pairs"
+        )
         wins[second, first] = 1 - wins[first, second]
         return Judgement(((wins.sum(1) - 0.5) / (count - 1)).astype(np.float32))
 
@@ -108,7 +116,7 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return any(map(inspect.iscoroutinefunction, (function, type(function).__call__)))
 
 
-def _answer(ask: Callable[[], Any], name: str, count: int) -> np.ndarray:
+def _answer(ask: Callable[[], Any], name: str, count: int, of: str = "images") -> np.ndarray:
     """What the user's code answers, float32 (count,); whatever goes wrong is a ValueError that says where."""
     try:
         answer = ask()
@@ -122,8 +130,16 @@ def _answer(ask: Callable[[], Any], name: str, count: int) -> np.ndarray:
     except (TypeError, ValueError):
         raise ValueError(f"reward {name} returned something that is not numbers: {answer!r:.80}") from None
     if score.shape != (count,):
-        raise ValueError(f"reward {name} returned shape {score.shape} for {count} images; one number each is due")
+        raise ValueError(f"reward {name} returned shape {score.shape} for {count} {of}; one number each is due")
     return score
+
+
+def _refuse_others(function: Callable[..., Any], name: str, count: int, due: str) -> None:
+    """Raise ValueError for a function that cannot be called with so many arguments."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError as error:
+        raise ValueError(f"reward: {name} should take {due}: {error}") from None
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:

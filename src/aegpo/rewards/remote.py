@@ -3,6 +3,7 @@
 import asyncio
 import math
 import random
+import sys
 import threading
 import time
 import uuid
@@ -23,6 +24,7 @@ PART_IMAGES, PART_BYTES = 64, 16 * 2**20  # of one request, at most, unless one 
 PARTS = 4  # that a server is asked at once
 CONNECT = 10.0  # seconds in which a server that is there lets others connect
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds before a server is asked again, at most
+QUIET = 5.0  # seconds that are waited without a word
 BUSY = (502, 503, 504)
 
 
@@ -122,6 +124,7 @@ class Remote:
             limits=httpx.Limits(keepalive_expiry=30),
             trust_env=all(url.startswith("https:") for url in urls),  # or a proxy would read the token
         )
+        self.waits = False  # for so long that it was said
         self.free = asyncio.Semaphore(PARTS * len(urls))
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=_run, args=(self.loop,), name="remote reward", daemon=True).start()
@@ -170,6 +173,9 @@ class Remote:
                     self._note(server, trouble)
                     now = time.monotonic()
                     ends = ends or now + self.patience
+                    if now > ends - self.patience + QUIET and not self.waits:
+                        self.waits = True
+                        _say(f"waiting for {server.url}, up to {self.patience:g} s: it {trouble}")
                     if max(now, min(server.rests for server in self.servers)) > ends:
                         raise ValueError(
                             f"reward: remote: no server could be asked for {self.patience:g} s; "
@@ -197,6 +203,9 @@ class Remote:
             after = reply.headers.get("retry-after", "")
             raise Trouble(what, began, float(after) if after.isdecimal() else 0.0)
         server.failed, server.rests = 0, 0.0
+        if self.waits:
+            self.waits = False
+            _say(f"{server.url} answers again")
         if reply.status_code != 200:
             raise ValueError(f"reward: remote: {server.url} {what}")
         try:
@@ -208,6 +217,10 @@ class Remote:
         if any(len(part) != count for part in (answer.scores, answer.passed) if part is not None):
             raise ValueError(f"reward: remote: {server.url} gave {len(answer.scores)} scores for {count} images")
         return answer
+
+
+def _say(line: str) -> None:
+    print(f"reward: remote: {line}", file=sys.stderr, flush=True)
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:
