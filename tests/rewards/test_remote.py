@@ -306,6 +306,15 @@ def test_seconds_that_are_none(timeout, patience):
 # ---------------------------------------------------------------- a training run
 
 
+def test_no_proxy_reads_the_token_where_nothing_is_encrypted(monkeypatch):
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nobody answers
+    with serving(reward()) as url:
+        assert scores(rewards.load(f"remote={url}", timeout=5), 3, 5) == [3, 5]
+
+
 def test_a_run_goes_on_when_its_server_is_killed_and_is_the_run_it_would_have_been(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(remote, "QUIET", 0.0)
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in world.held_out()[::24]))
