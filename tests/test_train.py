@@ -51,7 +51,7 @@ SMALL = {
 
 @pytest.fixture(autouse=True)
 def few_held_out_prompts(tmp_path):
-    rows = world.held_out()[::48]
+    rows = world.held_out()[::24]
     (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
