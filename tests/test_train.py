@@ -1087,7 +1087,7 @@ def test_a_reward_elsewhere_is_asked_part_by_part_and_the_run_is_the_same(tmp_pa
 
 
 def test_means_are_of_what_is_kept():
-    said = Judgement(np.array([1, 5, 9], np.float32))
+    said = Judgement(np.array([1, 50, 9], np.float32))
     kept, rewards = np.array([True, False, True]), np.array([[1], [np.nan], [9]], np.float32)
     verdict = Verdict(rewards[:, 0], np.array([True, True, False]), {"a": said, "b": said}, rewards, (1.0,), kept)
     found = evaluation._means(verdict, ["x", "x", "y"])

@@ -218,11 +218,11 @@ def test_wins_against_the_others_of_a_group_by_hand():
 
 def test_videos_are_compared_frame_by_frame():
     def above(pictures, texts, about):
-        return Judgement(pictures[:, 0, 0, 0] - pictures[:, 0, 0, 0].mean(dtype=np.float32))
+        return Judgement((pictures[:, 0, 0, 0] > pictures[:, 0, 0, 0].mean()).astype(np.float32))
 
     videos = np.stack([images(1, 10, 4), images(3, 14, 4)])  # two videos of three frames
     said = on_frames(above, groupwise=True)(videos, ["a"] * 2, [{}] * 2)
-    assert said.score.tolist() == pytest.approx([-1, 1])  # of frame means 2, 12 and 4: -1, -2, 0 and 1, 2, 0
+    assert said.score.tolist() == pytest.approx([0, 2 / 3])  # above the frames' means of 2, 12 and 4
     assert said.passed is None
 
 
