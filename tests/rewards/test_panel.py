@@ -414,11 +414,14 @@ def test_what_is_async_runs_in_one_loop_and_a_file_is_run_once(tmp_path):
         "    async def __call__(self, images, prompts):\n"
         "        self.loops.add(asyncio.get_running_loop())\n"
         "        return [float(len(self.loops))] * len(images)\n"
+        "async def bye(images, prompts): raise SystemExit('bye')\n"
         "def ran(images, prompts):\n    RUN.append(1)\n    return [float(len(RUN))] * len(images)\n"
         "def again(images, prompts): return ran(images, prompts)\n"
     )
     client = load(f"{tmp_path}/own.py:Client")
     assert client.elsewhere
+    with pytest.raises(ValueError, match=r"bye failed at own\.py, line \d+: RuntimeError: SystemExit: bye"):
+        load(f"{tmp_path}/own.py:bye").judge(images(1), ["a"], [{}])  # and the loop goes on
     for _ in range(3):
         assert alone(client).judge(images(1), prompts(0)).score.tolist() == [1]
     ran, again = (load(f"{tmp_path}/own.py:{name}") for name in ("ran", "again"))

@@ -6,7 +6,7 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import combinations
@@ -101,7 +101,15 @@ def pairwise(function: Callable[..., Any]) -> Reward:
 
 
 def _result(answer: Any, is_async: bool) -> Any:
-    return asyncio.run_coroutine_threadsafe(answer, _loop()).result() if is_async else answer
+    return asyncio.run_coroutine_threadsafe(_outlived(answer), _loop()).result() if is_async else answer
+
+
+async def _outlived(answer: Awaitable[Any]) -> Any:
+    """The answer; a SystemExit, which would end the loop and leave all others waiting, becomes an error."""
+    try:
+        return await answer
+    except SystemExit as error:
+        raise RuntimeError(f"SystemExit: {error}").with_traceback(error.__traceback__) from None
 
 
 @cache
