@@ -16,19 +16,9 @@ from aegpo.config import resolve
 from aegpo.rewards import remote
 from aegpo.rewards.wire import TOKEN, read_token
 from tests.rewards.serving import Client, Process, in_threads, numbered, own, read, reward, serving, wait_until
+from tests.test_train import SMALL as TRAINED
 
-SMALL = {
-    "algorithm": "aegpo",
-    "steps": 2,
-    "prompts_per_step": 2,
-    "rollouts_per_step": 10,
-    "allocation": {"low": 3, "high": 7},
-    "sampler": {"steps": 4, "solver": "euler", "compress": 1.0},
-    "exploration": {"rule": "entropy_peaks", "k": 2},
-    "optimizer": {"micro_batch": 8, "updates": 2},
-    "model": {"lora": {"rank": 4}},
-    "eval_images": 1,
-}
+SMALL = TRAINED | {"steps": 2}
 
 
 def scores(judge, *numbers):
