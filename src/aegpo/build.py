@@ -34,6 +34,7 @@ from aegpo.config import (
 )
 from aegpo.data import load_prompts, named
 from aegpo.display import Display, bar
+from aegpo.distributed import SaidElsewhere, Team
 from aegpo.evaluation import evaluate as evaluate_policy
 from aegpo.models import Denoiser, absent, compute_dtype, family_name, load, load_pipeline, memory
 from aegpo.models.comfyui import for_comfyui
@@ -43,7 +44,7 @@ from aegpo.report.analysis import READINGS, SIGNALS, from_one
 from aegpo.report.html import correlation, percent
 from aegpo.rewards.panel import Panel, load_panel
 from aegpo.signals import entropy_curves
-from aegpo.train import train
+from aegpo.train import seen_whole, train
 from aegpo.types import Prompt
 
 VIDEOS = (".gif", ".webp", ".png")  # that Pillow animates
@@ -69,51 +70,66 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
     Raises:
         ValueError: anything the user got wrong, in one plain line; nothing has been written then.
     """
-    folder = Path(config.output_dir)
-    start = _resume_point(folder, resume) if resume else None
-    if start is None:
-        _refuse_existing(folder, overwrite)
-    else:
-        _refuse_another_course(start, config)
-    prompts, held_out = _prompts(config, "train"), _prompts(config, "eval")
-    if len(prompts) < config.prompts_per_step:
-        raise ValueError(
-            f"prompts_per_step: a step takes {config.prompts_per_step} prompts, but {config.prompts.train} holds "
-            f"{len(prompts)}; lower it (and rollouts_per_step), or give more prompts"
-        )
-    reward = load_panel(config)
-    _try_out(reward, prompts, named(config.prompts.train, "train"), training=True)
-    _try_out(reward, held_out, named(config.prompts.eval, "eval"))
-    if torch.cuda.is_available() and (outline := memory.sizes(config.model)):
-        memory.refuse_too_small(memory.estimate(config, outline), config)
-    model = load(config.model, config.seed)
-    about = environment(config, model)
-    model.sigmas(config.sampler.steps, config.sampler.shift)
-    if needs_probe(config):  # what it cannot read of this model is said before anything is written
-        entropy_curves(model, prompts[:1], model.encode([prompts[0].text]), config)
-        model.forwards = 0
+    folder, team = Path(config.output_dir), Team.join()
+    console = Console(quiet=not team.is_first)
+    with team.agreed():
+        start = _resume_point(folder, resume) if resume else None
+        if start is None:
+            _refuse_existing(folder, overwrite)
+        else:
+            _refuse_another_course(start, config)
+        prompts, held_out = _prompts(config, "train"), _prompts(config, "eval")
+        if len(prompts) < config.prompts_per_step:
+            raise ValueError(
+                f"prompts_per_step: a step takes {config.prompts_per_step} prompts, but {config.prompts.train} holds "
+                f"{len(prompts)}; lower it (and rollouts_per_step), or give more prompts"
+            )
+        reward = load_panel(config)
+        _refuse_idle(config, reward, team.size)
+        _try_out(reward, prompts, named(config.prompts.train, "train"), training=True)
+        _try_out(reward, held_out, named(config.prompts.eval, "eval"))
+        if torch.cuda.is_available() and (outline := memory.sizes(config.model)):
+            memory.refuse_too_small(memory.estimate(config, outline), config)
+        model = load(config.model, config.seed)
+        about = environment(config, model) | {"processes": team.size}
+        model.sigmas(config.sampler.steps, config.sampler.shift)
+        if needs_probe(config):  # what it cannot read of this model is said before anything is written
+            entropy_curves(model, prompts[:1], model.encode([prompts[0].text]), config)
+            model.forwards = 0
+        if start is not None:
+            checkpoint.verify(start, model.trainable)
+    with team.agreed():
+        if team.is_first:
+            if start is None:
+                _clear(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
+            (folder / "env.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 
-    if start is None:
-        _clear(folder)
-    else:
-        checkpoint.verify(start, model.trainable)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-    (folder / "env.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-
-    console = Console()
+    if config.model.shard and team.size > 1:
+        model.shard()
+    elif config.model.shard:
+        console.print("model.shard: one process has nobody to share weights with, so it holds them all")
     if start is not None:
         over = ", the last of its steps: nothing is left to train" if start.name == f"checkpoint-{config.steps}" else ""
         console.print(f"going on from {start}{over}", highlight=False, markup=False, soft_wrap=True)
     with Display(config.steps, console) as display:
         try:
-            train(config, model, prompts, held_out, reward, folder, display, start)
+            train(config, model, prompts, held_out, reward, folder, display, start, team)
         except (ValueError, FloatingPointError) as error:
-            if not checkpoint.checkpoints(folder):
+            if isinstance(error, SaidElsewhere) or not checkpoint.checkpoints(folder):
                 raise
             raise ValueError(
                 f"{error}; to go on from the newest checkpoint: {checkpoint.how_to_resume(folder)}"
             ) from error
+    if team.is_first:
+        _conclude(folder, console)
+    team.wait()
+    return folder / "report.html"
+
+
+def _conclude(folder: Path, console: Console) -> None:
+    """Write the model card and the report, and say how a run went."""
     write_model_card(folder)
     report = write_report(folder)
     console.print(_before_after(folder))
@@ -122,7 +138,17 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
         warning = "nothing was learned: in no step did any prompt's rewards differ; look at reward and sampler"
         console.print(warning, highlight=False, soft_wrap=True)
     console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
-    return report
+
+
+def _refuse_idle(config: Config, reward: Panel, processes: int) -> None:
+    """Refuse more processes than there is work for."""
+    whole = seen_whole(config, reward) or config.exploration.branch == "tree" or config.model.shard
+    name, most = ("prompts", config.prompts_per_step) if whole else ("rollouts", config.rollouts_per_step)
+    if processes > most:
+        why = " (here, a prompt's rollouts stay with one process)" if whole else ""
+        raise ValueError(
+            f"{name}_per_step: {most} {name} cannot be shared by {processes} processes{why}; raise it, or start fewer"
+        )
 
 
 def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:

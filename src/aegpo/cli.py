@@ -26,7 +26,7 @@ usage: aegpo COMMAND ...
 Align diffusion and flow models with human preference by online reinforcement learning.
 
   aegpo train [RECIPE] [--a.b VALUE ...] [--dry-run] [--resume latest|PATH] [--output-dir DIR] [--overwrite]
-              [--push-to-hub USER/NAME]
+              [--processes N] [--push-to-hub USER/NAME]
   aegpo sample RUN --prompt "a red circle above a blue square" --out x.png [--seed 0]
   aegpo eval RUN [--prompts FILE] [--reward NAME] [--images N]
   aegpo eval RUN --rewards NAME,NAME,... [--prompts FILE] [--images N] [--out DIR]
@@ -42,7 +42,7 @@ Align diffusion and flow models with human preference by online reinforcement le
   aegpo --version
   aegpo COMMAND --help      (train --help lists every setting)
 """
-TRAIN_OPTIONS = ("--help", "--dry-run", "--resume", "--overwrite", "--push-to-hub")
+TRAIN_OPTIONS = ("--help", "--dry-run", "--resume", "--overwrite", "--processes", "--push-to-hub")
 REWARDS = (
     "one that is shipped (docs/rewards.md): world, pickscore=DIR, '{vlm: {url: URL, model: M}}'; or FILE.py:FUNCTION"
 )
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _say(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except ValueError as error:
-        return _say(str(error), 2)
+        return 2 if type(error).__name__ == "SaidElsewhere" else _say(str(error), 2)
     return 0
 
 
@@ -109,7 +109,7 @@ def _command(words: list[str]) -> None:
 
 def _train(words: list[str]) -> None:
     usage = "aegpo train [RECIPE] [--a.b VALUE ...] [--dry-run] [--resume latest|PATH] [--overwrite]"
-    usage += " [--push-to-hub USER/NAME]"
+    usage += " [--processes N] [--push-to-hub USER/NAME]"
     parser = _Parser("train", "Train a model as a recipe says, with single settings overridden.", usage=usage)
     parser.add_argument("RECIPE", nargs="?", help="a YAML file, or a packaged recipe (default: world, with its model)")
     parser.add_argument("--dry-run", action="store_true", help="only print the resolved config and what it will cost")
@@ -117,6 +117,8 @@ def _train(words: list[str]) -> None:
         "--resume", nargs="?", const="", type=_checkpoint, metavar="latest|PATH", help="go on from there"
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew where the output folder holds a run")
+    several = "train in so many processes on this machine, one a GPU where there are any (default: 1)"
+    parser.add_argument("--processes", type=_whole(1), default=1, metavar="N", help=several)
     hub = "afterwards, push the run to this repository on the Hub, as `aegpo push` does"
     parser.add_argument("--push-to-hub", type=_text, metavar="USER/NAME", help=hub)
     if {"-h", "--help"} & set(words):
@@ -134,14 +136,29 @@ def _train(words: list[str]) -> None:
         from aegpo.hub import check
 
         check(asked.push_to_hub)
+    if asked.processes > 1:
+        from aegpo.launch import launch
+
+        if code := launch(["train", *_without("--processes", words)], asked.processes):
+            sys.exit(code)
+        return
     try:
         from aegpo.build import run
 
         run(config, resume=asked.resume, overwrite=asked.overwrite)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(config, bool(asked.resume))) from None
-    if asked.push_to_hub:
+    if asked.push_to_hub and os.environ.get("RANK", "0") == "0":
         _push_run(Path(config.output_dir), asked.push_to_hub)
+
+
+def _without(option: str, words: list[str]) -> list[str]:
+    """The words without an option and its value."""
+    left: list[str] = []
+    for i, word in enumerate(words):
+        if word.partition("=")[0] != option and (not i or words[i - 1] != option):
+            left.append(word)
+    return left
 
 
 def _how_to_go_on(config: "Config", resumed: bool) -> str:

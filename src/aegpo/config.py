@@ -89,6 +89,9 @@ class Model:
     """Keep the weights under a low-rank adapter in 8 or 4 bits (arXiv 2208.07339, 2305.14314), by bitsandbytes."""
     gradient_checkpointing: Switch = False
     """Keep only what enters each block, and compute the rest again on the way back: less memory, more time."""
+    shard: Switch = False
+    """Let each of several processes hold but its part of the weights, their gradients and the optimizer's moments, and
+    gather a block's when it is evaluated (FSDP2, arXiv 2304.11277): less memory, more traffic."""
     compile: Switch = False
     """Compile the repeated blocks: some minutes at first, faster afterwards."""
 
@@ -300,6 +303,9 @@ class Optimizer:
     weight_decay: NonNegative = 1e-4
     max_grad_norm: Positive = 1.0
     """Longer gradients are shortened to this norm."""
+    give_up_after: Count = 3
+    """An update whose loss or gradient is not finite is not taken; after so many training steps with one in a row the
+    run stops."""
     updates: Count = 1
     """Optimizer steps in a training step; the rows are dealt evenly among them."""
     keep_graphs: Switch = False
@@ -572,6 +578,16 @@ def _check_budget(config: Config) -> None:
     _check_sampler(config)
     _check_exploration(config)
     _check_reference(config)
+    if config.model.shard and (config.model.quantize != "none" or config.optimizer.kind == "adamw_8bit"):
+        raise ValueError(
+            "model.shard: weights or moments in few bits cannot be shared among processes; leave model.quantize none "
+            "and optimizer.kind adamw, or this false"
+        )
+    if config.model.shard and config.optimizer.keep_graphs:
+        raise ValueError(
+            "model.shard: weights are gathered for each evaluation, so its graph cannot be kept; set "
+            "optimizer.keep_graphs false"
+        )
     if config.model.quantize != "none" and config.model.train == "full":
         raise ValueError("model.quantize: weights in few bits cannot be trained; set model.train lora, or this none")
     if config.optimizer.keep_graphs and (config.optimizer.updates > 1 or config.optimizer.behaviour):

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from aegpo.config import Config
+from aegpo.distributed import ALONE, Team
 from aegpo.models.base import Denoiser
 from aegpo.report import save_grid
-from aegpo.rewards.panel import Panel
+from aegpo.rewards.panel import Inquiry, Panel
 from aegpo.rollout import draw
 from aegpo.types import Prompt, Verdict
 
@@ -16,7 +18,12 @@ SHOWN = 24  # pictures in a grid of samples
 
 
 def evaluate(
-    config: Config, model: Denoiser, held_out: Sequence[Prompt], reward: Panel, grid: Path | None = None
+    config: Config,
+    model: Denoiser,
+    held_out: Sequence[Prompt],
+    reward: Panel,
+    grid: Path | None = None,
+    team: Team = ALONE,
 ) -> dict[str, float]:
     """Draw `eval_images` pictures of each held-out prompt by ODE and judge them.
 
@@ -25,23 +32,31 @@ def evaluate(
         model: the policy.
         held_out: the prompts.
         reward: the judge.
-        grid: where to write a PNG of some of the pictures.
+        grid: where the first process is to write a PNG of some of the pictures.
+        team: the processes, each of which draws its share.
 
     Returns:
         Nothing where no picture could be judged; else `eval/reward_mean`, and `eval/pass_rate` where the reward has a
         strict verdict; both again by task where the prompts have one; of several rewards each one's own,
         `eval/reward_mean/NAME` and `eval/pass_rate_of/NAME`.
     """
-    images, asked, judged = draw_and_judge(config, model, held_out, reward)
+    own = team.share(len(held_out))
+    images = draw(model, [held_out[i] for i in own], config)
+    asked = [prompt for prompt in held_out for _ in range(config.eval_images)]
+    inquiry = Inquiry(reward, asked, [prompt.id for prompt in asked], team, training=False)
+    first = own.start * config.eval_images
+    if len(images):
+        inquiry.ask(images, torch.arange(first, first + len(images)))
+    judged = inquiry.verdict()
     if grid:
         shown = evenly_spaced(len(held_out), SHOWN) * config.eval_images
-        save_grid(
-            grid,
-            stills(images[shown]),
-            [asked[i].text for i in shown],
-            judged.score[shown].tolist(),
-            None if judged.passed is None else judged.passed[shown].tolist(),
-        )
+        mine = shown[(shown >= first) & (shown < first + len(images))]
+        pictures = team.gather(torch.from_numpy(stills(images[mine - first])))
+        with team.agreed():
+            if team.is_first:
+                passed = None if judged.passed is None else judged.passed[shown].tolist()
+                texts = [asked[i].text for i in shown]
+                save_grid(grid, pictures.numpy(), texts, judged.score[shown].tolist(), passed)
     return _means(judged, [prompt.metadata.get("task") for prompt in asked])
 
 

@@ -3,15 +3,18 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from aegpo.types import Plan, Rollouts, Signals, Verdict
+from aegpo.types import Plan, Rollouts, Signals, Transitions, Verdict
+
+ASIDE = "not-finite"  # where rows stand whose loss or gradient was not finite
 
 
 def write(run: Path, metrics: dict[str, Any]) -> None:
@@ -47,6 +50,24 @@ def put(run: Path, write: Callable[[Path], None]) -> None:
             item.chmod(0o644)  # safetensors writes for its user alone
         item.replace(target)
     aside.rmdir()
+
+
+def keep_aside(run: Path, step: int, process: int, prompts: Sequence[str], number: int, rows: Transitions) -> None:
+    """Keep the rows of an optimizer step that was not taken, to look into, with their prompts in the file's header.
+
+    Args:
+        run: the run's folder.
+        step: the training step.
+        process: which of the processes trained them.
+        prompts: of the step.
+        number: of the optimizer step in the training step.
+        rows: m of them.
+    """
+    folder = run / ASIDE
+    folder.mkdir(exist_ok=True)
+    tensors = {name: tensor.contiguous() for name, tensor in vars(rows).items()}
+    file = folder / f"step-{step:06d}-update-{number}-process-{process}.safetensors"
+    save_file(tensors, file, metadata={"prompts": json.dumps(list(prompts))})
 
 
 def fingerprint(*settings: Any) -> str:

@@ -4,9 +4,11 @@ It knows no algorithm by name. A variant is a choice of sampler, allocation, exp
 (`aegpo.algorithms`), and arrives here as settings.
 """
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 from aegpo import checkpoint, logbook
 from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan, remember
-from aegpo.config import SPREAD_EVERY, Config, needs_probe, needs_spread, ratio_tolerance
+from aegpo.config import GROUP_LOSSES, SPREAD_EVERY, Config, needs_probe, needs_spread, ratio_tolerance
 from aegpo.data import ahead, draw
+from aegpo.distributed import ALONE, Team, shares
 from aegpo.evaluation import evaluate
 from aegpo.math.advantages import best_of, combined_advantages, node_returns, weighted_sum
 from aegpo.models.base import Denoiser, acting
@@ -59,6 +62,7 @@ def train(
     run: Path,
     display: Display,
     resume: Path | None = None,
+    team: Team = ALONE,
 ) -> None:
     """Train the policy, writing metrics, samples, checkpoints and weights into the run's folder.
 
@@ -71,10 +75,13 @@ def train(
         run: the run's folder, which exists.
         display: shows progress.
         resume: a checkpoint of this run to go on from.
+        team: the processes that train it together, of which the first writes.
 
     Raises:
         ValueError: the reward or a checkpoint is not what it should be.
+        FloatingPointError: the gradient was not finite in too many steps in a row.
     """
+    team.same(model.trainable.values())
     optimizer = make_optimizer(config, model)
     average = EMAModel(model.trainable.values(), decay=config.optimizer.ema) if config.optimizer.ema else None
     behaviour = [p.detach().clone() for p in model.trainable.values()] if config.optimizer.behaviour else None
@@ -84,31 +91,45 @@ def train(
         *(config.model, config.seed, config.sampler, config.probe, config.allocation, config.reward),
         *(prompt.text for prompt in prompts),
     )
-    done, began = 0, time.monotonic()
+    done, began, in_a_row = 0, time.monotonic(), 0
 
     def record(step: int, metrics: dict[str, Any]) -> None:
         if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
             with acting(model, average.shadow_params if average and average.optimization_step else None):
-                metrics |= evaluate(config, model, held_out, reward, run / "samples" / f"step-{step:06d}.png")
-                logbook.put(run, model.save)
-        if troubles := reward.troubles():
-            metrics["reward_troubles"] = [vars(trouble) for trouble in troubles]
-        metrics = {"step": step, "seconds": time.monotonic() - began, "forwards": model.forwards, **metrics}
-        logbook.write(run, metrics)
+                metrics |= evaluate(config, model, held_out, reward, run / "samples" / f"step-{step:06d}.png", team)
+                with team.agreed():
+                    if team.is_first:
+                        logbook.put(run, model.save)
+        if troubles := [
+            trouble for met in team.tell([vars(trouble) for trouble in reward.troubles()]) for trouble in met
+        ]:
+            metrics["reward_troubles"] = troubles
+        forwards = team.sum(model.forwards)
+        metrics = {"step": step, "seconds": time.monotonic() - began, "forwards": forwards, **metrics}
+        with team.agreed():
+            if team.is_first:
+                logbook.write(run, metrics)
         display.step(metrics)
 
     def save(step: int) -> None:
-        state = {"forwards": model.forwards, "seconds": time.monotonic() - began, "remembers": remembers}
+        state = {"forwards": team.sum(model.forwards), "seconds": time.monotonic() - began, "remembers": remembers}
         limit = config.checkpoints_total_limit
-        checkpoint.save(run, step, model.trainable, optimizer, average, behaviour, memory.tensors(), state, limit)
+        with team.agreed():
+            if team.is_first:
+                checkpoint.save(
+                    run, step, model.trainable, optimizer, average, behaviour, memory.tensors(), state, limit
+                )
 
     if resume:
         state, remembered = checkpoint.load(resume, model.trainable, optimizer, average, behaviour)
-        done, model.forwards, began = state["step"], state["forwards"], began - state["seconds"]
+        done, began = state["step"], began - state["seconds"]
+        model.forwards = state["forwards"] if team.is_first else 0  # they are counted together
         if state["remembers"] == remembers:
             memory = Memory.of(remembered)
-        checkpoint.drop_after(run, done)
-        logbook.cut(run, done)
+        with team.agreed():
+            if team.is_first:
+                checkpoint.drop_after(run, done)
+                logbook.cut(run, done)
     else:
         record(0, {})
         save(0)
@@ -124,23 +145,26 @@ def train(
         with acting(model, behaviour):
             signals, trunk = None, None
             if needs_probe(config):
-                signals, trunk = probe(model, batch, conditions, config, visit, memory)
+                signals, trunk = probe(model, batch, conditions, config, visit, memory, team)
             if needs_spread(config) and (step % SPREAD_EVERY == 0 or memory.reward_spread is None):
-                fresh = reward_spread(model, batch, conditions, reward, config, step, visit, trunk)
+                fresh = reward_spread(model, batch, conditions, reward, config, step, visit, trunk, team)
                 memory.reward_spread = fresh.where(
                     fresh.isfinite(), 0 if memory.reward_spread is None else memory.reward_spread
                 )
             plan = make_plan(config, batch, signals, memory, sigmas, step)
             if config.sampler.shared_noise and trunk is None:
-                trunk = shared_trunk(model, batch, conditions, plan, config, step, visit)
-            display.begin("rollouts", int(plan.rollouts.sum()) * config.sampler.steps)
-            inquiry = Inquiry(reward, [batch[i] for i in plan.group.tolist()], plan.group.tolist())
-            parts = PARTS if reward.elsewhere else 1
+                trunk = shared_trunk(model, batch, conditions, plan, config, step, visit, team)
+            display.begin("rollouts", int(plan.rollouts.sum()) * config.sampler.steps // team.size)
+            inquiry = Inquiry(reward, [batch[i] for i in plan.group.tolist()], plan.group.tolist(), team)
             rollouts = collect(
-                model, batch, conditions, plan, config, step, trunk, display.advance, parts=parts, finished=inquiry.ask
+                *(model, batch, conditions, plan, config, step, trunk, display.advance),
+                parts=PARTS if reward.elsewhere else 1,
+                finished=inquiry.ask,
+                team=team,
+                whole_groups=seen_whole(config, reward),
             )
 
-        display.begin("rewards", len(rollouts.group))
+        display.begin("rewards", len(rollouts.images))
         verdict = inquiry.verdict(display.advance)
         remember(config, batch, torch.from_numpy(verdict.score), rollouts.group, memory)
         rewards = torch.from_numpy(verdict.rewards)
@@ -148,7 +172,8 @@ def train(
         for parameters in optimizer.param_groups:
             parameters["lr"] = learning_rate(config, step)
         rows = rollouts.transitions.judged(advantage, taught)
-        learned = update(config, model, optimizer, rows, conditions, step, display, rollouts.kept)
+        aside = partial(logbook.keep_aside, run, step + 1, team.rank, texts)
+        learned = update(config, model, optimizer, rows, conditions, step, display, rollouts.kept, team, aside)
         rollouts = replace(rollouts, kept=())  # or the graphs of what taught nothing would stand beside the next ones
         if behaviour is not None:
             follow(behaviour, model, min(config.optimizer.behaviour_ramp * (step + 1), config.optimizer.behaviour))
@@ -157,8 +182,19 @@ def train(
 
         about = {"prompts": texts, "rollouts": len(rollouts.group)}
         record(step + 1, about | logbook.describe(plan, rollouts, signals, verdict, advantage) | learned)
-        if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
-            save(step + 1)
+        in_a_row = in_a_row + 1 if learned["dropped_updates"] else 0
+        if in_a_row == config.optimizer.give_up_after:
+            raise FloatingPointError(
+                f"the gradient was not finite in {in_a_row} steps in a row, whose rows are in {run / logbook.ASIDE}; "
+                f"resume with a lower rate, say --optimizer.lr {learned['lr'] / 10:g}"
+            )
+        if step + 1 == config.steps or ((step + 1) % config.save_every == 0 and not in_a_row):
+            save(step + 1)  # one that may be followed by more that are not finite is no good place to go back to
+
+
+def seen_whole(config: Config, reward: Panel) -> bool:
+    """Whether one process has to draw all rollouts of a prompt: a reward compares them, or the loss in their graphs."""
+    return reward.groupwise or (config.optimizer.keep_graphs and config.loss.kind in GROUP_LOSSES)
 
 
 # ---------------------------------------------------------------- credit
@@ -219,38 +255,40 @@ def update(
     step: int,
     display: Display,
     kept: Sequence[Tensor] = (),
+    team: Team = ALONE,
+    spoilt: Callable[[int, Transitions], None] = lambda number, rows: None,
 ) -> dict[str, Any]:
     """Shuffle the rows of all prompts and timesteps, deal them to the optimizer steps, and take those.
 
     Rows without an advantage, such as all of a group whose rewards are equal, say nothing of the reward and are left
     out before the forward, and with them their pull to the base or the old policy. The loss is summed over the others
     and divided by the number of all, so a step with few of them is a small one; what is logged are means over the
-    others, and null what the loss does not know.
+    others, and null what the loss does not know or what is not finite. An optimizer step whose loss or gradient is not
+    finite is not taken, and `spoilt` is told its number and this process's rows.
     """
-    share = len(rows) / config.optimizer.updates
-    rows = rows[torch.isin(rows.unit, rows.unit[rows.advantage.cpu() != 0]).nonzero().flatten()]
-    key = [SHUFFLE, config.seed, step]
+    share = team.sum(len(rows)) / config.optimizer.updates
+    rows, dealt = share_out(rows, config, [SHUFFLE, config.seed, step], team)
+    count = int(team.sum(len(rows)))
     display.begin("update", len(rows))
     totals: dict[str, Tensor] = {}
-    grad_norms, first_error = [], torch.zeros((), device=rows.x.device)
-    dealt = deal(rows.unit, config.optimizer.updates, config.optimizer.micro_batch, key)
+    grad_norms, dropped, first_error = [], 0, torch.zeros((), device=rows.x.device)
     tolerance = ratio_tolerance(config)
     again, recomputed = tolerance == 0, 0
     for number, micros in enumerate(dealt):
-        if not micros:
-            continue
         optimizer.zero_grad()
         slope = torch.zeros(sum(map(len, kept)), *rows.x.shape[1:], device=rows.x.device)
-        for micro in micros:
+        summed = torch.zeros((), device=rows.x.device)
+        for micro in model.even(micros):
             part = rows[micro]
             known = part.velocity.clone().requires_grad_() if kept else None
             loss = objective(config, model, part, conditions, known, on_policy=again and number == 0)
-            if number == 0 and not again and "ratio/mean" in loss.metrics:
+            if number == 0 and not again and len(micro) and "ratio/mean" in loss.metrics:
                 first_error = torch.maximum(first_error, (loss.metrics["ratio/mean"] - 1).abs().max())
                 if first_error > tolerance:
                     again = True
                     loss = objective(config, model, part, conditions, on_policy=True)
             value = loss.rows.sum() / share
+            summed += value.detach()
             if known is None:
                 value.backward()
             else:
@@ -259,23 +297,29 @@ def update(
                 totals[name] = totals.get(name, 0.0) + values.double().sum()
             display.advance(len(micro))
         pull_back(kept, slope, rows.graph)
-        if again and number == 0:
+        if number == 0 and len(dealt) > 1 and team.any(again):
             recomputed = predict_again(config, model, rows, conditions, [m for later in dealt[1:] for m in later])
+        if not model.is_sharded:  # whose gradients were added up on the way
+            for parameter in model.trainable.values():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            team.add_up(parameter.grad for parameter in model.trainable.values())
         norm = nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm)
-        if not norm.isfinite():
-            lower = optimizer.param_groups[0]["lr"] / 10
-            raise FloatingPointError(
-                f"the gradient of step {step + 1} is not finite; resume with a lower rate, say --optimizer.lr {lower:g}"
-            )
+        if team.any(not (norm.isfinite() & summed.isfinite())):
+            dropped += 1
+            spoilt(number, rows[torch.cat(micros)] if micros else rows[:0])
+            continue
         grad_norms.append(norm.item())
         optimizer.step()
     means: dict[str, float | None] = dict.fromkeys(("loss", "ratio/mean", "clip_fraction", "approx_kl"))
-    means |= {name: total.item() / len(rows) for name, total in totals.items()}
+    said = team.tell({name: total.item() for name, total in totals.items()})
+    sums = {name: sum(one.get(name, 0.0) for one in said) for one in said for name in one}
+    means |= {name: total / count if math.isfinite(total) else None for name, total in sums.items()}
     return means | {
-        "rows": len(rows),
-        "recomputed": recomputed,
+        "rows": count,
+        "dropped_updates": dropped,
+        "recomputed": int(team.sum(recomputed)),
         "grad_norm": float(np.mean(grad_norms)) if grad_norms else 0.0,
-        "ratio/first_error": None if means["ratio/mean"] is None else first_error.item(),
+        "ratio/first_error": None if means["ratio/mean"] is None else team.most(first_error.item()),
         "lr": optimizer.param_groups[0]["lr"],
     }
 
@@ -296,28 +340,58 @@ def pull_back(kept: Sequence[Tensor], slope: Tensor, used: Tensor) -> None:
         at = end
 
 
-def deal(unit: Tensor, updates: int, most: int, key: list[int]) -> list[list[Tensor]]:
-    """Rows in a random order, in as many parts as there are optimizer steps, each in micro-batches.
+def share_out(rows: Transitions, config: Config, key: list[int], team: Team) -> tuple[Transitions, list[list[Tensor]]]:
+    """Deal the rows that teach, of all processes, to the optimizer steps, and each step's to the processes.
+
+    Which rows an optimizer step takes does not depend on how many processes there are. Rows whose graph was kept stay
+    with the process that drew them.
+
+    Returns:
+        The rows that this process trains, and for each optimizer step its micro-batches, as places of those.
+    """
+    updates, most = config.optimizer.updates, config.optimizer.micro_batch
+    unit, number = team.gather(rows.unit), team.gather(rows.number)
+    teaches = torch.isin(unit, unit[team.gather(rows.advantage.cpu() != 0)])
+    if config.optimizer.keep_graphs:
+        own = torch.isin(rows.number, number[teaches]).nonzero().flatten()
+        return rows[own], deal(rows.unit[own], updates, most, key) or [[]] * bool(teaches.any())
+    number = number[teaches]
+    dealt = deal(unit[teaches], updates, most, key, team)
+    mine = [micro for micros in dealt for micro in micros]
+    wanted = number[torch.cat(mine)] if mine else number[:0]
+    fields = team.fetch(lambda places: list(vars(rows[places]).values()), rows.number, wanted)
+    places = iter(torch.arange(len(wanted)).split([len(micro) for micro in mine]))
+    return Transitions(**dict(zip(vars(rows), fields, strict=True))), [
+        [next(places) for _ in micros] for micros in dealt
+    ]
+
+
+def deal(unit: Tensor, updates: int, most: int, key: list[int], team: Team = ALONE) -> list[list[Tensor]]:
+    """Rows in a random order, in as many parts as there are optimizer steps, of each this process's in micro-batches.
 
     Rows of one unit stay together; a micro-batch holds no more than `most` rows unless a single unit does.
 
     Args:
         unit: int64 (m,), the unit of each row.
-        updates: optimizer steps.
+        updates: optimizer steps; any that would have no row in any process is left out.
         most: rows in a micro-batch.
         key: what the order depends on.
+        team: the processes that share each step's rows.
 
     Returns:
-        For each optimizer step its micro-batches, as places of rows.
+        For each optimizer step this process's micro-batches, as places of rows.
     """
     _, place, size = unit.unique(return_inverse=True, return_counts=True)
     members = place.argsort(stable=True).split(size.tolist())
     order = torch.from_numpy(np.random.default_rng(key).permutation(len(size)))
     dealt = []
     for part in order.tensor_split(updates):
+        if not len(part):
+            continue
+        own = shares(size[part].tolist(), team.size)[team.rank]
         micros: list[list[Tensor]] = []
         held = most
-        for i in part.tolist():
+        for i in part[own.start : own.stop].tolist():
             if held + len(members[i]) > most:
                 micros.append([])
                 held = 0

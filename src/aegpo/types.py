@@ -75,18 +75,17 @@ class Signals:
 
 @dataclass(frozen=True)
 class Trunk:
-    """The noiseless trajectory of each prompt: what its rollouts have in common before they explore.
+    """The noiseless trajectories of some prompts: what their rollouts have in common before they explore.
 
     Attributes:
         latents: float32 (P, N + 1, ...), from the first latent on.
         velocities: float32 (P, N, ...), after guidance, at each latent but the last; 0 where the trunk has ended.
+        prompt: int64 (P,), which of the step's prompts they are of: of all processes, one has each prompt's.
     """
 
     latents: Tensor
     velocities: Tensor
-
-    def __getitem__(self, index: Tensor) -> Trunk:
-        return Trunk(self.latents[index], self.velocities[index])
+    prompt: Tensor
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,12 @@ class Courses:
     node: Tensor
     explored: Tensor
     trained: Tensor
+
+    def __getitem__(self, own: slice) -> Courses:
+        """Those of rollouts that stand together, whose nodes are named after one of them."""
+        assert (self.node[own] >= own.start).all(), "no node is shared with a rollout outside"
+        parts = {field.name: getattr(self, field.name)[own] for field in fields(self)}
+        return Courses(**parts | {"node": parts["node"] - own.start})
 
     @property
     def leaves(self) -> Tensor:
@@ -181,6 +186,11 @@ class Transitions:
     def __len__(self) -> int:
         return len(self.step)
 
+    @property
+    def number(self) -> Tensor:
+        """int64 (m,), by which each is known among those of all processes."""
+        return self.rollout.cpu() * 2**20 + self.step.cpu()
+
     def __getitem__(self, index: Tensor) -> Transitions:
         return Transitions(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
 
@@ -193,13 +203,13 @@ class Transitions:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """The images of a step.
+    """The rollouts of a step: of all their plan, of this process's part the rest.
 
     Attributes:
-        images: uint8 (n, height, width, 3).
-        group: int64 (n,), the prompt of each.
-        courses: the way each took.
-        transitions: what was explored while drawing them; advantages still zero.
+        images: uint8 (k, height, width, 3), of this process's rollouts.
+        group: int64 (n,), the prompt of each rollout.
+        courses: the way each takes.
+        transitions: what this process explored while drawing its own; advantages still zero.
         kept: velocities (b, ...) that still know how they came about, one tensor a forward, if graphs are to be kept.
     """
 
@@ -251,6 +261,29 @@ class Verdict:
         rewards = np.concatenate([verdict.rewards for verdict in verdicts])
         kept = np.concatenate([verdict.kept for verdict in verdicts])
         return Verdict(whole.score, whole.passed, parts, rewards, verdicts[0].weights, kept)
+
+    def plain(self) -> dict[str, Any]:
+        """All of it, as JSON has it: numbers are exact."""
+        parts = {name: _plain(said) for name, said in self.parts.items()}
+        whole = _plain(Judgement(self.score, self.passed))
+        rest = {"rewards": self.rewards.tolist(), "weights": list(self.weights), "kept": self.kept.tolist()}
+        return {"whole": whole, "parts": parts} | rest
+
+    @staticmethod
+    def of(plain: dict[str, Any]) -> Verdict:
+        """The verdict that this is `plain` of."""
+        whole, parts = _judgement(plain["whole"]), {name: _judgement(one) for name, one in plain["parts"].items()}
+        rewards, kept = np.array(plain["rewards"], np.float32), np.array(plain["kept"], bool)
+        return Verdict(whole.score, whole.passed, parts, rewards, tuple(plain["weights"]), kept)
+
+
+def _plain(said: Judgement) -> list[Any]:
+    return [said.score.tolist(), None if said.passed is None else said.passed.tolist()]
+
+
+def _judgement(plain: list[Any]) -> Judgement:
+    score, passed = plain
+    return Judgement(np.array(score, np.float32), None if passed is None else np.array(passed, bool))
 
 
 def _joined(said: Sequence[Judgement]) -> Judgement:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from aegpo.config import Model
@@ -87,6 +88,7 @@ class Denoiser:
         forwards: network evaluations x samples so far, a backward counted as two.
         device: where latents belong.
         is_compiled: whether its code is, but for what runs within a probe: the two round otherwise.
+        is_sharded: whether each process holds but a part of the weights.
 
     Args:
         pipe: a diffusers pipeline, which this takes over.
@@ -125,7 +127,7 @@ class Denoiser:
         }
         self._dtype = dtype if self.is_lora else torch.float32
         self._autocasts = dtype != self._dtype
-        self.is_compiled = settings.compile
+        self.is_compiled, self.is_sharded = settings.compile, False
         if settings.gradient_checkpointing:
             self._policy.enable_gradient_checkpointing()
         for network in (self._policy, self._base):
@@ -172,6 +174,18 @@ class Denoiser:
 
     # ---------------------------------------------------------------- predicting
 
+    def even(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The batches, and as many empty ones as other processes have more, if the network is sharded.
+
+        A sharded network's evaluations are of all processes together, so each takes as many.
+        """
+        yield from batches
+        if self.is_sharded:
+            most = torch.tensor(len(batches), device=self.device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            for _ in range(int(most) - len(batches)):
+                yield torch.zeros(0, *(batches[0].shape[1:] if batches else ()), dtype=torch.int64)
+
     def sigmas(self, steps: int, shift: float | None = None) -> Tensor:
         """A noise schedule, float64 (steps + 1,), falling to 0: the pipeline's own, or that of a shift.
 
@@ -206,17 +220,22 @@ class Denoiser:
         Returns:
             float32 (B, ...).
         """
+        if not len(x) and not self.is_sharded:
+            return torch.zeros_like(x)
+        wanted = len(x)
+        if not wanted:  # what the other processes predict takes this one's part of the weights too: any row does
+            x, sigma, prompt = x.new_zeros(1, *x.shape[1:]), sigma.new_ones(1), prompt.new_zeros(1)
         sigma = sigma.to(x).expand(len(x))
         given = {name: rows[prompt.to(rows.device)] for name, rows in conditions.rows.items()}
         if not self.doubles(guidance):
-            return self._velocity(x, sigma, given, guidance)
+            return self._velocity(x, sigma, given, guidance, wanted)[:wanted]
         both = {name: torch.cat([conditions.null[name].expand_as(rows), rows]) for name, rows in given.items()}
-        unconditional, conditional = self._velocity(torch.cat([x, x]), sigma.repeat(2), both, guidance).chunk(2)
-        return self.family.guided(unconditional, conditional, guidance)
+        both = self._velocity(torch.cat([x, x]), sigma.repeat(2), both, guidance, 2 * wanted)
+        return self.family.guided(*both.chunk(2), guidance)[:wanted]
 
-    def _velocity(self, x: Tensor, sigma: Tensor, given: Mapping[str, Tensor], guidance: float) -> Tensor:
+    def _velocity(self, x: Tensor, sigma: Tensor, given: Mapping[str, Tensor], guidance: float, counted: int) -> Tensor:
         """One evaluation a row. Code compiled for a way back rounds otherwise than other code, so it always serves."""
-        self.forwards += len(x)
+        self.forwards += counted
         wanted = torch.is_grad_enabled()
         with (
             torch.set_grad_enabled(wanted or self.is_compiled),
@@ -226,7 +245,7 @@ class Denoiser:
         if not wanted:
             return velocity.detach()
         if velocity.requires_grad:
-            velocity.register_hook(partial(self._count_backward, len(x)))
+            velocity.register_hook(partial(self._count_backward, counted))
         return velocity
 
     def _count_backward(self, samples: int, _: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import Thread
 
@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from aegpo.config import Checks, Config, reward_terms
+from aegpo.distributed import ALONE, Team
 from aegpo.rewards import Reward, load
 from aegpo.types import Judgement, Prompt, Trouble, Verdict
 
@@ -36,6 +37,7 @@ class Panel:
     def __init__(self, terms: Mapping[str, tuple[Reward, float]], checks: Checks) -> None:
         self.terms, self.checks = terms, checks
         self.elsewhere = any(reward.elsewhere for reward, weight in terms.values() if weight)
+        self.groupwise = any(reward.groupwise for reward, weight in terms.values() if weight)
         self._met: list[Trouble] = []
         self._alike: dict[str, tuple[float, int]] = {}  # what a reward said of all images in so many groups in a row
 
@@ -123,13 +125,12 @@ class Panel:
                 kept &= sound
                 counted.append(answer.said)
                 weights.append(weight)
-        dropped = {one for one, is_kept in zip(group, kept, strict=True) if not is_kept}
-        kept = np.array([one not in dropped for one in group], bool)
-        rewards = np.where(kept[:, None], np.stack([said.score for said in counted], 1), np.float32(np.nan))
+        rewards = np.stack([said.score for said in counted], 1)
         score = sum(weight * one.astype(float) for weight, one in zip(weights, rewards.T, strict=True))
         verdicts = [said.passed for said in counted if said.passed is not None]
         passed = np.logical_and.reduce(verdicts) if verdicts else None
-        return Verdict(np.asarray(score, np.float32), passed, parts, rewards, tuple(weights), kept)
+        verdict = Verdict(np.asarray(score, np.float32), passed, parts, rewards, tuple(weights), kept)
+        return _whole_groups(verdict, group)
 
     def _checked(self, name: str, answer: _Answer, asked: Sequence[Prompt]) -> np.ndarray:
         """Which of the images may be learned from, bool (n,), as far as this reward goes."""
@@ -159,37 +160,55 @@ class Panel:
 
 
 class Inquiry:
-    """What a panel is asked about the rollouts of a step, some after others.
+    """What a panel is asked about pictures, some after others, by the processes that drew them.
 
     Args:
         panel: of rewards.
-        asked: n, the prompt of each rollout.
+        asked: n, the prompt of each picture.
         group: n, the group of each.
+        team: the processes, each of which asks about some that stand together, the first about the first.
+        training: whether the pictures are rollouts, of which rewards of weight 0 are not asked.
     """
 
-    def __init__(self, panel: Panel, asked: Sequence[Prompt], group: Sequence[int]) -> None:
-        self.panel, self.asked, self.group = panel, asked, group
+    def __init__(
+        self, panel: Panel, asked: Sequence[Prompt], group: Sequence[int], team: Team = ALONE, training: bool = True
+    ) -> None:
+        self.panel, self.asked, self.group, self.team, self.training = panel, asked, group, team, training
         self._answers: list[Callable[[], Verdict]] = []
-        self._asked = 0
+        self._places: list[int] = []
 
     def ask(self, images: np.ndarray, places: Tensor) -> None:
-        """Ask about some of them, uint8 (k, H, W, 3), the next k in order, whole groups; `places` is int64 (k,)."""
+        """Ask about some of them, uint8 (k, H, W, 3), the next k in order; `places` is int64 (k,)."""
         own = places.tolist()
-        assert own == list(range(self._asked, self._asked + len(own))), "the next in order"
-        self._asked += len(own)
-        self._answers.append(
-            self.panel.ask(images, [self.asked[i] for i in own], [self.group[i] for i in own], training=True)
-        )
+        self._places += own
+        assert self._places == list(range(self._places[0], own[-1] + 1)), "the next in order"
+        asked, group = [self.asked[i] for i in own], [self.group[i] for i in own]
+        self._answers.append(self.panel.ask(images, asked, group, self.training))
 
     def verdict(self, progress: Callable[[int], None] = lambda _: None) -> Verdict:
-        """Wait for the answers, of which `progress` is told, and see whether a reward always says the same."""
+        """Wait for the answers, of which `progress` is told, put all processes' together, and watch the panel."""
         verdicts = []
-        for answer in self._answers:
-            verdicts.append(answer())
-            progress(len(verdicts[-1].score))
-        verdict = Verdict.joined(verdicts)
-        self.panel.watch(verdict, self.group)
+        with self.team.agreed():
+            for answer in self._answers:
+                verdicts.append(answer())
+                progress(len(verdicts[-1].score))
+        if self.team.size > 1:
+            own = Verdict.joined(verdicts).plain() if verdicts else None
+            verdicts = [Verdict.of(one) for one in self.team.tell(own) if one]
+        verdict = _whole_groups(Verdict.joined(verdicts), self.group)
+        with self.team.agreed():
+            if self.training and self.team.is_first:
+                self.panel.watch(verdict, self.group)
         return verdict
+
+
+def _whole_groups(verdict: Verdict, group: Sequence[int]) -> Verdict:
+    """A verdict that keeps a group whole or not at all."""
+    dropped = {one for one, is_kept in zip(group, verdict.kept, strict=True) if not is_kept}
+    kept = np.array([one not in dropped for one in group], bool)
+    score = np.where(kept, verdict.score, np.float32(np.nan))
+    rewards = np.where(kept[:, None], verdict.rewards, np.float32(np.nan))
+    return replace(verdict, score=score, rewards=rewards, kept=kept)
 
 
 def alone(reward: Reward) -> Panel:

@@ -1,0 +1,69 @@
+"""`aegpo train --processes N`: as many processes of the same command on this machine, which stand or fall together.
+
+Signals go to all of them, so each finishes its step; torchrun would end them after half a minute.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+GRACE = 10.0  # seconds that processes have to end by themselves once one of them has failed
+
+
+def launch(words: Sequence[str], processes: int) -> int:
+    """Run `aegpo WORDS` in so many processes that know each other, and wait.
+
+    Args:
+        words: the command and its arguments, without `--processes`.
+        processes: how many.
+
+    Returns:
+        0 if all ended well, or the exit code of the first that did not; 128 and the signal's number if one ended it.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    threads = max(1, len(os.sched_getaffinity(0)) // processes)
+    alike = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    alike |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    alike |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    command = [sys.executable, "-m", "aegpo.cli", *words]
+    started = [
+        subprocess.Popen(
+            command, env=os.environ | alike | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True
+        )
+        for rank in range(processes)
+    ]
+
+    def hand_on(number: int, _: FrameType | None) -> None:
+        for process in started:
+            process.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return _wait(started)
+    finally:
+        for process in started:
+            process.kill()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
+    """Wait for all, or until one fails and the others had time to say why."""
+    failed, since = 0, 0.0
+    while True:
+        codes = [process.poll() for process in started]
+        wrong = [code for code in codes if code]
+        if wrong and not failed:
+            failed, since = (128 - wrong[0] if wrong[0] < 0 else wrong[0]), time.monotonic()
+            if wrong[0] < 0:
+                print(f"aegpo: process {codes.index(wrong[0])} was ended by signal {-wrong[0]}", file=sys.stderr)
+        if None not in codes or (failed and time.monotonic() - since > GRACE):
+            return failed
+        time.sleep(0.05)
