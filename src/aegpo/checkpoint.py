@@ -20,32 +20,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from aegpo.distributed import part_of, whole
 
-def save(
-    run: Path,
-    step: int,
+
+def content(
     weights: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     average: EMAModel | None,
     behaviour: Sequence[Tensor] | None,
     memory: Mapping[str, Tensor],
-    counters: Mapping[str, Any],
-    limit: int = 2,
+) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint, by file and name; those of which each process holds a part are put together."""
+    files = {"weights": weights, "optimizer": _optimizer_tensors(weights, optimizer), "memory": memory}
+    if average is not None and average.optimization_step:  # until then, the weights are their own average
+        files["average"] = dict(zip(weights, average.shadow_params, strict=True))
+    if behaviour is not None:
+        files["behaviour"] = dict(zip(weights, behaviour, strict=True))
+    return {
+        f"{file}.safetensors": {name: whole(tensor.detach()).contiguous() for name, tensor in tensors.items()}
+        for file, tensors in files.items()
+    }
+
+
+def save(
+    run: Path, step: int, files: Mapping[str, dict[str, Tensor]], counters: Mapping[str, Any], limit: int = 2
 ) -> Path:
     """Write `checkpoint-STEP` into the run's folder, whole or not at all, and drop all but the newest `limit`."""
     final = run / f"checkpoint-{step}"
     aside = run / f".checkpoint-{step}.partial"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    save_file({name: p.detach().contiguous() for name, p in weights.items()}, aside / "weights.safetensors")
-    save_file(_optimizer_tensors(weights, optimizer), aside / "optimizer.safetensors")
-    if average is not None and average.optimization_step:  # until then, the weights are their own average
-        shadow = zip(weights, average.shadow_params, strict=True)
-        save_file({name: tensor.contiguous() for name, tensor in shadow}, aside / "average.safetensors")
-        counters = {**counters, "average_steps": average.optimization_step}
-    if behaviour is not None:
-        save_file(dict(zip(weights, behaviour, strict=True)), aside / "behaviour.safetensors")
-    save_file(dict(memory), aside / "memory.safetensors")
+    for name, tensors in files.items():
+        save_file(tensors, aside / name)
     (aside / "state.json").write_text(json.dumps({"step": step, **counters}))
     digests = {file.name: _digest(file) for file in sorted(aside.iterdir())}
     (aside / "manifest.json").write_text(json.dumps(digests, indent=1))
@@ -78,22 +84,22 @@ def load(
     saved = load_file(folder / "weights.safetensors")
     moments = load_file(folder / "optimizer.safetensors")
     for name, parameter in weights.items():
-        parameter.data.copy_(saved[name])
+        _fill(parameter, saved[name])
         optimizer.state[parameter] = {
             key.removeprefix(f"{name}/"): _restored(key, moment, optimizer, parameter)
             for key, moment in moments.items()
             if key.rpartition("/")[0] == name
         }
     state = json.loads((folder / "state.json").read_text())
-    if average is not None and "average_steps" in state:
+    if average is not None and state["average_steps"]:
         shadow = load_file(folder / "average.safetensors")
-        average.shadow_params = [shadow[name].to(p.device) for name, p in weights.items()]
+        average.shadow_params = [part_of(shadow[name], p) for name, p in weights.items()]
         average.optimization_step = state["average_steps"]
     if behaviour is not None:
         drew = folder / "behaviour.safetensors"
         drew = load_file(drew) if drew.exists() else saved  # a run that had none goes on from the policy itself
         for name, tensor in zip(weights, behaviour, strict=True):
-            tensor.copy_(drew[name])
+            _fill(tensor, drew[name])
     return state, load_file(folder / "memory.safetensors")
 
 
@@ -103,7 +109,7 @@ def load_weights(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
     average = folder / "average.safetensors"
     saved = load_file(average if average.exists() else folder / "weights.safetensors")
     for name, parameter in weights.items():
-        parameter.data.copy_(saved[name])
+        _fill(parameter, saved[name])
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -162,10 +168,15 @@ def _optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.opt
     }
 
 
+@torch.no_grad()
+def _fill(tensor: Tensor, value: Tensor) -> None:
+    tensor.copy_(part_of(value, tensor))
+
+
 def _restored(key: str, saved: Tensor, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> Any:
     """What an optimizer keeps of a parameter: the number of its steps torch has on the host, bitsandbytes as an int."""
     if not key.endswith("/step"):
-        return saved.to(parameter.device)
+        return part_of(saved, parameter)
     return saved if isinstance(optimizer, torch.optim.AdamW) else int(saved)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 BUCKET = 2**24  # numbers that are added up over the processes in one message
 
@@ -174,6 +175,18 @@ class Team:
 
 
 ALONE = Team()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of which each process holds a part, put together; any other as it is. All processes ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(value: Tensor, like: Tensor) -> Tensor:
+    """What this process holds of a whole tensor, where it holds a part of another; else all, on that one's device."""
+    if not isinstance(like, DTensor):
+        return value.to(like.device)
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _places(ids: Tensor, wanted: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import make_plan, remember
 from aegpo.config import GROUP_LOSSES, SPREAD_EVERY, Config, needs_probe, needs_spread, ratio_tolerance
 from aegpo.data import ahead, draw
-from aegpo.distributed import ALONE, Team, shares
+from aegpo.distributed import ALONE, Team, shares, whole
 from aegpo.evaluation import evaluate
 from aegpo.math.advantages import best_of, combined_advantages, node_returns, weighted_sum
 from aegpo.models.base import Denoiser, acting
@@ -81,7 +81,8 @@ def train(
         ValueError: the reward or a checkpoint is not what it should be.
         FloatingPointError: the gradient was not finite in too many steps in a row.
     """
-    team.same(model.trainable.values())
+    if not model.is_sharded:
+        team.same(model.trainable.values())
     optimizer = make_optimizer(config, model)
     average = EMAModel(model.trainable.values(), decay=config.optimizer.ema) if config.optimizer.ema else None
     behaviour = [p.detach().clone() for p in model.trainable.values()] if config.optimizer.behaviour else None
@@ -97,9 +98,10 @@ def train(
         if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
             with acting(model, average.shadow_params if average and average.optimization_step else None):
                 metrics |= evaluate(config, model, held_out, reward, run / "samples" / f"step-{step:06d}.png", team)
+                weights = model.weights()
                 with team.agreed():
                     if team.is_first:
-                        logbook.put(run, model.save)
+                        logbook.put(run, partial(model.save, weights=weights))
         if troubles := [
             trouble for met in team.tell([vars(trouble) for trouble in reward.troubles()]) for trouble in met
         ]:
@@ -113,12 +115,11 @@ def train(
 
     def save(step: int) -> None:
         state = {"forwards": team.sum(model.forwards), "seconds": time.monotonic() - began, "remembers": remembers}
-        limit = config.checkpoints_total_limit
+        state["average_steps"] = average.optimization_step if average else 0
+        files = checkpoint.content(model.trainable, optimizer, average, behaviour, memory.tensors())
         with team.agreed():
             if team.is_first:
-                checkpoint.save(
-                    run, step, model.trainable, optimizer, average, behaviour, memory.tensors(), state, limit
-                )
+                checkpoint.save(run, step, files, state, config.checkpoints_total_limit)
 
     if resume:
         state, remembered = checkpoint.load(resume, model.trainable, optimizer, average, behaviour)
@@ -303,7 +304,7 @@ def update(
             for parameter in model.trainable.values():
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             team.add_up(parameter.grad for parameter in model.trainable.values())
-        norm = nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm)
+        norm = whole(nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm))
         if team.any(not (norm.isfinite() & summed.isfinite())):
             dropped += 1
             spoilt(number, rows[torch.cat(micros)] if micros else rows[:0])

@@ -16,8 +16,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from aegpo.config import Model
+from aegpo.distributed import whole
 from aegpo.math import schedules
 from aegpo.models import lora, quantized
 from aegpo.models.blocks import repeated
@@ -122,9 +125,7 @@ class Denoiser:
             self._policy.float()  # trained in full precision, computed under autocast
             self._base = copy.deepcopy(self._policy)
             self._policy.requires_grad_(True)
-        self.trainable: dict[str, nn.Parameter] = {
-            name: parameter for name, parameter in self._policy.named_parameters() if parameter.requires_grad
-        }
+        self.trainable = _trained(self._policy)
         self._dtype = dtype if self.is_lora else torch.float32
         self._autocasts = dtype != self._dtype
         self.is_compiled, self.is_sharded = settings.compile, False
@@ -134,6 +135,20 @@ class Denoiser:
             if self.is_compiled and network is not None:
                 compile_blocks(network)
         self._acting = self._policy
+
+    def shard(self) -> None:
+        """Let each process keep but its part of the weights; a block's are gathered while it is evaluated (FSDP2).
+
+        Gradients are summed over the processes on the way back, and each keeps its part of those too.
+        """
+        mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
+        for network in (self._policy, self._base):
+            for part in (*repeated(network).values(), network) if network is not None else ():
+                sharded = fully_shard(part, mesh=mesh)
+                sharded.set_gradient_divide_factor(1.0)  # a sum, no mean: how many rows each has differs
+                sharded.set_force_sum_reduction_for_comms(True)
+        self.trainable = _trained(self._policy)
+        self.is_sharded = True
 
     @property
     def network(self) -> nn.Module:
@@ -277,16 +292,28 @@ class Denoiser:
             else:
                 self._acting = self._policy
 
-    def save(self, folder: Path) -> None:
+    def weights(self) -> dict[str, Tensor]:
+        """The network's weights by name, or its adapter's if that is trained, put together from all processes."""
+        names = self.trainable if self.is_lora else None
+        state = self._policy.state_dict()
+        return {name: whole(tensor) for name, tensor in state.items() if names is None or name in names}
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """`pytorch_lora_weights.safetensors` in diffusers' layout, or the whole pipeline if all weights are trained."""
         if not self.is_lora:
+            self._policy.state_dict = lambda: weights  # which diffusers asks for, and a sharded one knows in part
             self.pipe.save_pretrained(folder)
+            del self._policy.state_dict
             return
-        weights, settings = lora.lora_weights(self._policy)
+        weights, settings = lora.lora_weights(self._policy, weights)
         part = self.family.part
         self.pipe.save_lora_weights(
             folder, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": settings}
         )
+
+
+def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
 
 
 def compile_blocks(network: Any) -> None:
@@ -311,8 +338,9 @@ def acting(model: Denoiser, weights: Sequence[Tensor] | None) -> Iterator[None]:
 
 
 def _put(model: Denoiser, weights: Sequence[Tensor]) -> None:
-    for parameter, weight in zip(model.trainable.values(), weights, strict=True):
-        parameter.data.copy_(weight)
+    with torch.no_grad():
+        for parameter, weight in zip(model.trainable.values(), weights, strict=True):
+            parameter.copy_(weight)
 
 
 def _stacked(rows: Sequence[Mapping[str, Tensor]], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

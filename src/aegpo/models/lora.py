@@ -134,11 +134,11 @@ class BesideProduct(torch.autograd.Function):
         return to_x, None, None, ctx.scale * (thin.T @ rows).float(), ctx.scale * (slope.T @ low).float(), None
 
 
-def lora_weights(network: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The adapter's weights and its settings, as diffusers' `save_lora_weights` takes them."""
+def lora_weights(network: Any, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The adapter's weights, by their names in the network, and its settings, as `save_lora_weights` takes them."""
     settings = network.peft_config[ADAPTER].to_dict()
     settings = {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
-    return get_peft_model_state_dict(network, adapter_name=ADAPTER), settings
+    return get_peft_model_state_dict(network, weights, adapter_name=ADAPTER), settings
 
 
 def read_lora(file: Path) -> tuple[dict[str, Tensor], float]:

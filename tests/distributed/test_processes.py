@@ -1,0 +1,145 @@
+"""One process and two gloo processes are the same run, for groups of any size; and what goes wrong in one ends all."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from aegpo import world
+from aegpo.distributed import ALONE
+from tests.distributed.worker import run
+
+WORKER = Path(__file__).with_name("worker.py")
+SMALL = {
+    "steps": 2,
+    "prompts_per_step": 3,
+    "rollouts_per_step": 15,
+    "allocation": {"low": 3, "high": 7},
+    "sampler": {"steps": 4, "solver": "euler", "compress": 1.0},
+    "optimizer": {"micro_batch": 4, "updates": 2},
+    "model": {"lora": {"rank": 4}},
+    "eval_every": 0,
+    "eval_images": 1,
+}
+RULES = {"rule": "entropy_peaks", "k": 2}
+RUNS = {
+    "uneven": {"algorithm": "aegpo", "exploration": RULES, "sampler": {"guidance": 2.0}},
+    "uneven-full": {"algorithm": "aegpo", "exploration": RULES, "model": {"train": "full"}, "optimizer": {"ema": 0.5}},
+    "uniform": {"algorithm": "flow-grpo"},
+    "uniform-full": {"algorithm": "flow-grpo", "model": {"train": "full"}},
+    "tree": {"algorithm": "branch-grpo", "exploration": {"k": 2}},
+    "spread": {
+        "algorithm": "aegpo",
+        "allocation": {"rule": "reward_variance"},
+        "exploration": {"rule": "reward_spread", "k": 2},
+        "sampler": {"kind": "cps", "shared_noise": True},
+    },
+    "kept": {"algorithm": "aegpo-fast", "exploration": {"k": 2}, "optimizer": {"updates": 1}},
+    "groups": {"algorithm": "dgpo", "exploration": {"k": 2}},
+    "behaviour": {"algorithm": "diffusion-nft", "exploration": {"k": 2}},
+    "ranked": {"algorithm": "flow-grpo", "reward": "ranked", "reward_checks": {"failed": "drop"}},
+}
+RANKED = """
+import numpy as np
+from aegpo.rewards.own import groupwise
+
+@groupwise
+def score(images, prompts):
+    if "ring" in prompts[0]:
+        raise ValueError("no rings")
+    light = images.mean((1, 2, 3))
+    return light.argsort().argsort() / len(light)
+"""
+
+
+def together(folder, jobs, processes=2):
+    """Run jobs in so many processes, and wait."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        alike = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(folder / "jobs.json")],
+            env=os.environ | alike | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert [process.returncode for process in started] == [0] * processes, "\n".join(said)
+
+
+def settings(folder, name, changes):
+    from aegpo.algorithms import merge
+
+    own = {"prompts": {"train": str(folder / "train.txt"), "eval": str(folder / "eval.jsonl")}}
+    own |= {"reward": f"{folder / 'rewards.py'}:score" if changes.get("reward") else "world"}
+    laid = merge({"algorithm": changes["algorithm"]}, SMALL, changes, own, {"output_dir": str(folder / name)})
+    return laid
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "train.txt").write_text("a red circle\ntwo squares\na ring below a cross\n")
+    (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in world.held_out()[::48]))
+    (folder / "rewards.py").write_text(RANKED)
+    return folder
+
+
+SHARDED = {"sharded": "uneven", "sharded-full": "uneven-full"}
+
+
+@pytest.fixture(scope="module")
+def runs(folder):
+    """Every run by one process, and by two."""
+    for name, changes in RUNS.items():
+        run(settings(folder, f"{name}-1", changes), ALONE)
+    jobs = [{"settings": settings(folder, f"{name}-2", changes)} for name, changes in RUNS.items()]
+    for name, plain in SHARDED.items():
+        changed = settings(folder, f"{name}-2", RUNS[plain])
+        jobs.append({"settings": changed | {"model": changed["model"] | {"shard": True}}})
+    run(settings(folder, "resumed-2", RUNS["uneven"]) | {"steps": 1}, ALONE)
+    jobs.append({"settings": settings(folder, "resumed-2", RUNS["uneven"]), "resume": True})
+    together(folder, jobs)
+    return folder
+
+
+def lines(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def numbers(value):
+    """All numbers of a line in order, and what else it holds."""
+    match value:
+        case float():
+            return [value], []
+        case dict():
+            parts = [numbers(item) for _, item in sorted(value.items())]
+        case list():
+            parts = [numbers(item) for item in value]
+        case _:
+            return [], [value]
+    return [x for part in parts for x in part[0]], [x for part in parts for x in part[1]]
+
+
+@pytest.mark.parametrize(("name", "plain"), [(name, name) for name in RUNS] + [*SHARDED.items(), ("resumed", "uneven")])
+def test_two_processes_are_the_same_run_as_one(runs, name, plain):
+    one, two = lines(runs / f"{plain}-1"), lines(runs / f"{name}-2")
+    (x, rest), (y, rest_of_two) = numbers(one), numbers(two)
+    assert rest == rest_of_two  # whole numbers: allocation, explored steps, rows, forwards
+    assert np.abs(np.subtract(x, y)).max() <= 1e-5
+    weights = [load_file(runs / f"{of}" / "checkpoint-2" / "weights.safetensors") for of in (f"{plain}-1", f"{name}-2")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all((weights[0][key] - weights[1][key]).abs().max() < 1e-5 for key in weights[0])
+    first = load_file(runs / f"{name}-2" / "checkpoint-0" / "weights.safetensors")
+    assert any((weights[1][key] != first[key]).any() for key in first)
