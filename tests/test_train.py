@@ -790,15 +790,56 @@ def test_a_resume_never_makes_the_record_untrue(tmp_path):
     assert (run / "config.yaml").read_bytes() == before[run / "config.yaml"]
 
 
-def test_a_gradient_that_is_not_finite_is_never_stepped_on(rows):
+def test_an_update_that_is_not_finite_is_not_taken_and_its_rows_are_told(rows):
     conditions, full = rows
-    settings = resolve({"algorithm": "aegpo"})
+    settings = resolve({"algorithm": "aegpo", "optimizer": {"updates": 2, "micro_batch": 4, "recompute": False}})
     model = models.load(settings.model)
     before = [p.clone() for p in model.trainable.values()]
-    optimizer = torch.optim.AdamW(model.trainable.values(), lr=1.0)
-    with pytest.raises(FloatingPointError, match="gradient of step 1 is not finite"):
-        update(settings, model, optimizer, replace(full, x=full.x * float("inf")), conditions, 0, Quiet())
-    assert all(torch.equal(a, b) for a, b in zip(before, model.trainable.values(), strict=True))
+    optimizer = torch.optim.SGD(model.trainable.values(), lr=1.0)
+    one_bad = replace(full, x=full.x.clone().index_fill_(0, torch.tensor([4]), torch.inf))
+    told = []
+    spoilt = lambda number, rows: told.append((number, rows))  # noqa: E731
+    counted = update(settings, model, optimizer, one_bad, conditions, 0, Quiet(), spoilt=spoilt)
+    [(number, kept)] = told
+    assert 4 in kept.rollout.tolist()
+    assert (kept.x == one_bad.x[kept.rollout]).all()
+    assert counted["dropped_updates"] == 1
+    assert counted["loss"] is None  # a mean over rows of which one is not finite
+    after = [p.clone() for p in model.trainable.values()]
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))  # the other update was taken
+
+    good = full[torch.tensor([i for i in range(12) if i not in kept.rollout.tolist()])]
+    alone = models.load(settings.model)
+    zeroed = replace(full, advantage=full.advantage.index_fill(0, kept.rollout, 0.0))
+    assert len(good) == 12 - len(kept)
+    own = resolve({"algorithm": "aegpo", "optimizer": {"updates": 1, "micro_batch": 4, "recompute": False}})
+    optimizer = torch.optim.SGD(alone.trainable.values(), lr=2.0)  # each of two updates counts for half of the rows
+    update(own, alone, optimizer, zeroed, conditions, 0, Quiet())
+    for a, b in zip(after, alone.trainable.values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_whose_gradients_are_not_finite_stops_at_its_last_good_checkpoint(tmp_path, capsys):
+    """At such a rate the first update throws the weights so far that nothing is finite from there on."""
+    how = {"algorithm": "flow-grpo", "exploration": {"rule": "all"}, "allocation": {"rule": "uniform"}}
+    (tmp_path / "turns.py").write_text("def score(images, prompts):\n    return [i % 2 for i in range(len(images))]\n")
+    how |= {"reward": f"{tmp_path / 'turns.py'}:score"}  # black pictures differ too
+    own = config(tmp_path, steps=9, eval_every=0, optimizer={"lr": 1e25}, **how)
+    (tmp_path / "own.yaml").write_text(dump_yaml(own))
+    assert main(["train", str(tmp_path / "own.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "not finite in 3 steps in a row" in said
+    assert "--resume latest" in said
+    lines = metrics(tmp_path / "run")
+    assert [line["dropped_updates"] for line in lines[1:]] == [1, 2, 2]  # the first update of all is taken
+    assert [line["grad_norm"] > 0 for line in lines[1:]] == [True, False, False]
+    assert [folder.name for folder in checkpoint.checkpoints(tmp_path / "run")] == ["checkpoint-0"]
+    saved = sorted((tmp_path / "run" / logbook.ASIDE).iterdir())
+    assert [file.name[5:20] for file in saved] == [f"00000{at}-update-{n}" for at, n in ("11", "20", "21", "30", "31")]
+    held = load_file(saved[0])
+    assert {"x", "x_next", "velocity", "step", "advantage"} <= held.keys()
+    assert len(held["step"]) > 0
 
 
 def test_rows_are_dealt_once_each_and_out_of_their_order(rows, monkeypatch):
