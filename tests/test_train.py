@@ -800,7 +800,7 @@ def test_an_update_that_is_not_finite_is_not_taken_and_its_rows_are_told(rows):
     told = []
     spoilt = lambda number, rows: told.append((number, rows))  # noqa: E731
     counted = update(settings, model, optimizer, one_bad, conditions, 0, Quiet(), spoilt=spoilt)
-    [(number, kept)] = told
+    [(_, kept)] = told
     assert 4 in kept.rollout.tolist()
     assert (kept.x == one_bad.x[kept.rollout]).all()
     assert counted["dropped_updates"] == 1
