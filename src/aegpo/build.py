@@ -57,7 +57,7 @@ RUN_FILES = (
 
 
 def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -> Path:
-    """Train as the config says, in `config.output_dir`.
+    """Train as the config says, in `config.output_dir`, and write the run's card and its report.
 
     Args:
         config: a resolved config.
@@ -70,6 +70,15 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
     Raises:
         ValueError: anything the user got wrong, in one plain line; nothing has been written then.
     """
+    folder, team = fit(config, resume=resume, overwrite=overwrite), Team.join()
+    if team.is_first:
+        _conclude(folder)
+    team.wait()
+    return folder / "report.html"
+
+
+def fit(config: Config, *, resume: str | None = None, overwrite: bool = False) -> Path:
+    """What `run` does but for the card and the report, which tell of what stands in the folder then: the path of it."""
     folder, team = Path(config.output_dir), Team.join()
     console = Console(quiet=not team.is_first)
     with team.agreed():
@@ -122,14 +131,12 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
             raise ValueError(
                 f"{error}; to go on from the newest checkpoint: {checkpoint.how_to_resume(folder)}"
             ) from error
-    if team.is_first:
-        _conclude(folder, console)
-    team.wait()
-    return folder / "report.html"
+    return folder
 
 
-def _conclude(folder: Path, console: Console) -> None:
+def _conclude(folder: Path) -> None:
     """Write the model card and the report, and say how a run went."""
+    console = Console()
     write_model_card(folder)
     report = write_report(folder)
     console.print(_before_after(folder))

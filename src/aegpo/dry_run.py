@@ -33,7 +33,7 @@ def print_dry_run(config: Config) -> None:
         checked(name, **settings)
     outline = memory.sizes(config.model)
     print(dump_yaml(config))
-    for what, how, number in _arithmetic(config, outline is None or not outline.family.is_distilled):
+    for what, how, number in arithmetic(config, outline is None or not outline.family.is_distilled):
         print(f"# {what:<23}{how:<78}{number:>14,}")
     if outline is None:
         print(f"# {'memory':<23}not estimated: the config files of {config.model.path} cannot be read here")
@@ -65,7 +65,7 @@ def _memory(parts: dict[str, int], outline: Any) -> list[tuple[str, str, int]]:
     return [*rows, ("memory: total", f"at most, during {phase}: {', '.join(memory.PHASES[phase])}", taken)]
 
 
-def _arithmetic(config: Config, doubles: bool) -> list[tuple[str, str, int]]:
+def arithmetic(config: Config, doubles: bool = True) -> list[tuple[str, str, int]]:
     """What a step does and costs, in network evaluations x samples; evaluations of held-out prompts come on top.
 
     `doubles` says whether guidance costs a second evaluation.
