@@ -322,7 +322,7 @@ def random_plan(seed, steps=6, most=20):
     return Plan(torch.from_numpy(rng.integers(2, most, 3)), torch.from_numpy(explored), alike(explored))
 
 
-@pytest.mark.parametrize(("seed", "batch"), [(1, 5), (2, 96), (3, 96), (4, 96), (5, 96)])
+@pytest.mark.parametrize(("seed", "batch"), [(3, 5), (4, 96), (7, 96)])  # 0 to 4 riders, that leave at step 0 to 2
 @pytest.mark.parametrize("kind", ["cps", "ode"])
 def test_a_plan_costs_its_closed_form_and_no_prefix_twice(model, seed, batch, kind):
     """n N for rollouts on their own; with a trunk, N a prompt, and N - first - 1 for each rollout that branches off."""
