@@ -236,7 +236,7 @@ def run(tmp_path_factory):
     (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "bright.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3)) / 255\n")
     where = {"prompts": {"eval": str(folder / "few.jsonl")}, "output_dir": str(folder / "run")}
-    build.run(resolve(SMALL, where, {"reward": f"{folder / 'bright.py'}:score"}))
+    build.fit(resolve(SMALL, where, {"reward": f"{folder / 'bright.py'}:score"}))
     build.analyze(str(folder / "run"), images=2)
     return folder / "run"
 
@@ -313,7 +313,7 @@ def test_twice_is_the_same_and_so_it_is_without_checkpoint_0(run, tmp_path, monk
 
 def test_an_analysed_run_may_still_be_overwritten(run, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run")
-    build.run(replace(resolve(load_yaml(run / "config.yaml")), steps=0, output_dir=str(copy)), overwrite=True)
+    build.fit(replace(resolve(load_yaml(run / "config.yaml")), steps=0, output_dir=str(copy)), overwrite=True)
     assert not (copy / "analysis").exists()
 
 

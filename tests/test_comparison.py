@@ -96,7 +96,7 @@ def folder(tmp_path_factory):
         "def together(images, prompts):\n    return [len(images)] * len(images)\n"
     )
     where = {"prompts": {"eval": str(folder / "few.jsonl")}, "output_dir": str(folder / "run")}
-    build.run(resolve(SMALL, where, {"reward": f"{folder}/mine.py:bright"}))
+    build.fit(resolve(SMALL, where, {"reward": f"{folder}/mine.py:bright"}))
     rewards = f"world,{folder}/mine.py:bright,{folder}/mine.py:together"
     assert main(["eval", str(folder / "run"), "--rewards", rewards]) == 0
     return folder
@@ -210,5 +210,5 @@ def test_an_evaluation_that_fails_half_way_leaves_no_numbers(folder, tmp_path, c
 
 def test_an_evaluated_run_may_still_be_overwritten(folder, tmp_path):
     copy = shutil.copytree(folder / "run", tmp_path / "run")
-    build.run(replace(resolve(load_yaml(copy / "config.yaml")), steps=0, output_dir=str(copy)), overwrite=True)
+    build.fit(replace(resolve(load_yaml(copy / "config.yaml")), steps=0, output_dir=str(copy)), overwrite=True)
     assert not (copy / "eval").exists()

@@ -156,7 +156,7 @@ def trained(name, train, folders, task, run):
             "output_dir": str(run),
         }
     )
-    build.run(config)
+    build.fit(config)
     return config
 
 

@@ -183,7 +183,7 @@ def test_moments_in_8_bits_follow_those_in_32_and_survive_a_stop(tmp_path):
 
     def run(name, steps=4, kind="adamw_8bit", **more):
         more = {"optimizer": {"kind": kind, "lr": 1e-4}, "output_dir": str(tmp_path / name), "steps": steps}
-        build.run(resolve(settings, more), resume="latest" if (tmp_path / name).exists() else None)
+        build.fit(resolve(settings, more), resume="latest" if (tmp_path / name).exists() else None)
         rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [{k: v for k, v in json.loads(row).items() if k not in ("seconds", "forwards")} for row in rows]
 

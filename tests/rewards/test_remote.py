@@ -311,7 +311,7 @@ def test_a_run_goes_on_when_its_server_is_killed_and_is_the_run_it_would_have_be
 
     def run(name, served):
         about = {"prompts": {"eval": str(tmp_path / "few.jsonl")}, "output_dir": str(tmp_path / name), "reward": served}
-        build.run(resolve(SMALL, about))
+        build.fit(resolve(SMALL, about))
 
     def metrics(name):
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
