@@ -25,7 +25,8 @@ from aegpo import build, checkpoint, evaluation, logbook, models, train, world
 from aegpo.adapt.courses import lay_out
 from aegpo.adapt.memory import Memory
 from aegpo.cli import main
-from aegpo.config import Config, dump_yaml, load_yaml, ratio_tolerance, resolve
+from aegpo.config import Config, load_yaml, ratio_tolerance, resolve
+from aegpo.dry_run import arithmetic
 from aegpo.objective import objective
 from aegpo.rewards import Reward
 from aegpo.rewards.panel import alone
@@ -104,10 +105,10 @@ def metrics(run, without=("seconds",)):
     ids=["aegpo", "aegpo-paper", "flow-grpo", "full-ema", "guided", "matching", "rewards-decide", "smoothed"],
 )
 def test_two_runs_are_the_same_to_the_bit_and_so_is_one_that_was_resumed(tmp_path, changes):
-    build.run(config(tmp_path, "one", **changes))
-    build.run(config(tmp_path, "cut", **changes, steps=2))
+    build.fit(config(tmp_path, "one", **changes))
+    build.fit(config(tmp_path, "cut", **changes, steps=2))
     assert metrics(tmp_path / "one")[1] == metrics(tmp_path / "cut")[1]
-    build.run(config(tmp_path, "cut", **changes), resume=str(tmp_path / "cut" / "checkpoint-1"))
+    build.fit(config(tmp_path, "cut", **changes), resume=str(tmp_path / "cut" / "checkpoint-1"))
     assert metrics(tmp_path / "one") == metrics(tmp_path / "cut")
     one, cut = (tmp_path / name / "checkpoint-3" for name in ("one", "cut"))
     for file in sorted(p.name for p in one.glob("*.safetensors")):
@@ -115,8 +116,8 @@ def test_two_runs_are_the_same_to_the_bit_and_so_is_one_that_was_resumed(tmp_pat
 
 
 def test_another_seed_is_another_run(tmp_path):
-    build.run(config(tmp_path, "one", steps=1))
-    build.run(config(tmp_path, "two", steps=1, seed=1))
+    build.fit(config(tmp_path, "one", steps=1))
+    build.fit(config(tmp_path, "two", steps=1, seed=1))
     assert metrics(tmp_path / "one")[-1]["reward/mean"] != metrics(tmp_path / "two")[-1]["reward/mean"]
 
 
@@ -220,16 +221,14 @@ def test_a_whole_run_by_the_command_line_and_what_it_leaves(tmp_path, capsys):
         *("kept", "kept-shared", "kept-matching", "fast", "kept-spread", "best-of"),
     ],
 )
-def test_a_run_costs_what_the_dry_run_says(tmp_path, capsys, changes):
+def test_a_run_costs_what_the_dry_run_says(tmp_path, changes):
     own = config(tmp_path, steps=1, reward=brightness(tmp_path), **changes)  # a reward that leaves no row out
-    (tmp_path / "own.yaml").write_text(dump_yaml(own))
-    assert main(["train", str(tmp_path / "own.yaml"), "--dry-run"]) == 0
-    said = {line[2:25].strip(): line.split()[-1] for line in capsys.readouterr().out.splitlines() if line[:1] == "#"}
-    build.run(own)
+    said = {what: number for what, _, number in arithmetic(own)}
+    build.fit(own)
     before, after = (
         line["forwards"] for line in metrics(tmp_path / "run")
     )  # `before` is an evaluation, one more follows
-    assert after - 2 * before == int(said["evaluations in all"]) + int(said["base probes in all"])
+    assert after - 2 * before == said["evaluations in all"] + said["base probes in all"]
 
 
 def drawn_by_the_card(run, seed):
@@ -263,7 +262,7 @@ def test_a_users_own_prompts_reward_and_pipeline(tmp_path):
         prompts={"train": str(tmp_path / "mine.txt"), "eval": str(tmp_path / "mine.txt")},
         reward=brightness(tmp_path),
     )
-    build.run(own)
+    build.fit(own)
     last = metrics(tmp_path / "run")[-1]
     assert 0.3 < last["eval/reward_mean"] < 1
     assert "eval/pass_rate" not in last
@@ -289,7 +288,7 @@ def test_killed_midway_it_goes_on_with_the_same_numbers(tmp_path):
 
 
 def test_a_checkpoint_cut_short_is_named_with_the_one_before(tmp_path, capsys):
-    build.run(config(tmp_path))
+    build.fit(config(tmp_path))
     run = tmp_path / "run"
     before = metrics(run)
     file = run / "checkpoint-3" / "optimizer.safetensors"
@@ -308,7 +307,7 @@ def test_a_checkpoint_cut_short_is_named_with_the_one_before(tmp_path, capsys):
 
 
 def test_a_checkpoint_with_one_flipped_bit_is_named(tmp_path):
-    build.run(config(tmp_path, steps=1))
+    build.fit(config(tmp_path, steps=1))
     file = tmp_path / "run" / "checkpoint-1" / "weights.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -316,7 +315,7 @@ def test_a_checkpoint_with_one_flipped_bit_is_named(tmp_path):
     with pytest.raises(
         ValueError, match=r"damaged: weights.safetensors is not what was written; the one before is .*-0"
     ):
-        build.run(config(tmp_path, steps=2), resume="latest")
+        build.fit(config(tmp_path, steps=2), resume="latest")
 
 
 def test_weights_cut_short_leave_the_old_ones(tmp_path):
@@ -345,20 +344,20 @@ def test_weights_cut_short_leave_the_old_ones(tmp_path):
 )
 def test_what_is_wrong_is_said_before_anything_is_written(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        build.run(config(tmp_path, **changes))
+        build.fit(config(tmp_path, **changes))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_prompt_that_the_embedded_model_cannot_read(tmp_path):
     (tmp_path / "mine.txt").write_text("a red circle\na purple elephant\n")
     with pytest.raises(ValueError, match="does not know 'elephant' in 'a purple elephant'"):
-        build.run(config(tmp_path, prompts={"train": str(tmp_path / "mine.txt")}))
+        build.fit(config(tmp_path, prompts={"train": str(tmp_path / "mine.txt")}))
 
 
 def test_a_prompt_that_the_worlds_judge_cannot_read(tmp_path):
     (tmp_path / "mine.txt").write_text("a ring\nshow red\n")
     with pytest.raises(ValueError, match="one to four of these shapes"):
-        build.run(config(tmp_path, prompts={"eval": str(tmp_path / "mine.txt")}))
+        build.fit(config(tmp_path, prompts={"eval": str(tmp_path / "mine.txt")}))
     assert not (tmp_path / "run").exists()
 
 
@@ -367,17 +366,17 @@ def test_a_reward_is_tried_on_black_and_on_white_before_anything_is_written(tmp_
         "def score(images, prompts):\n    return [1 / int(255 - i.mean()) for i in images]\n"
     )
     with pytest.raises(ValueError, match="ZeroDivisionError"):
-        build.run(config(tmp_path, reward=f"{tmp_path}/mine.py:score"))
+        build.fit(config(tmp_path, reward=f"{tmp_path}/mine.py:score"))
     (tmp_path / "mine.py").write_text(
         "def score(images, prompts, metadata):\n    return [row['mine'] for row in metadata]\n"
     )
     (tmp_path / "mine.jsonl").write_text('{"prompt": "a ring", "mine": 1}\n{"prompt": "a cross", "mine": 2}\n')
     with pytest.raises(ValueError, match=r"KeyError: 'mine' \(tried on a prompt of prompts.eval: .*few.jsonl\)"):
         files = {"train": str(tmp_path / "mine.jsonl"), "eval": str(tmp_path / "few.jsonl")}
-        build.run(config(tmp_path, reward=f"{tmp_path}/mine.py:score", prompts=files))
+        build.fit(config(tmp_path, reward=f"{tmp_path}/mine.py:score", prompts=files))
     assert not (tmp_path / "run").exists()
     (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3)) / images.std()\n")
-    build.run(config(tmp_path, steps=0, reward=f"{tmp_path}/mine.py:score"))  # one alone would have no spread
+    build.fit(config(tmp_path, steps=0, reward=f"{tmp_path}/mine.py:score"))  # one alone would have no spread
 
 
 def test_a_reward_that_fails_midway_loses_no_step(tmp_path, capsys):
@@ -411,7 +410,7 @@ def test_a_run_that_could_learn_nothing_says_so(tmp_path, capsys):
 
 def test_eval_tries_the_reward_first(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    build.run(config(tmp_path, steps=0, reward=f"{tmp_path}/mine.py:score"))
+    build.fit(config(tmp_path, steps=0, reward=f"{tmp_path}/mine.py:score"))
     (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return images.missing\n")
     monkeypatch.delattr(build, "load")  # the model is not even loaded
     with pytest.raises(ValueError, match=r"mine.py, line 2: AttributeError: .*tried on a prompt of prompts.eval"):
@@ -420,14 +419,14 @@ def test_eval_tries_the_reward_first(tmp_path, monkeypatch):
 
 def test_eval_draws_as_many_images_as_it_is_asked_for(tmp_path):
     (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return [len(images)] * len(images)\n")
-    build.run(config(tmp_path, steps=0, reward=f"{tmp_path}/mine.py:score"))
+    build.fit(config(tmp_path, steps=0, reward=f"{tmp_path}/mine.py:score"))
     assert build.evaluate(tmp_path / "run")["eval/reward_mean"] == 6
     assert build.evaluate(tmp_path / "run", images=3)["eval/reward_mean"] == 18
 
 
 def test_eval_judges_by_another_reward_if_it_is_asked_to(tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return [0.125] * len(images)\n")
-    build.run(config(tmp_path, steps=0))
+    build.fit(config(tmp_path, steps=0))
     capsys.readouterr()
     assert main(["eval", str(tmp_path / "run"), "--reward", f"{tmp_path}/mine.py:score"]) == 0
     assert re.search(r"^eval/reward_mean +0\.1250$", capsys.readouterr().out, re.MULTILINE)
@@ -465,7 +464,7 @@ def test_overwrite_replaces_a_run_and_nothing_else(tmp_path):
     (target / "thesis.doc").write_text("years of work")
     for _ in range(2):
         with pytest.raises(ValueError, match=r"holds thesis.doc, which is not a run's; it is not overwritten"):
-            build.run(config(tmp_path), overwrite=True)
+            build.fit(config(tmp_path), overwrite=True)
         (target / "config.yaml").write_text("steps: 1")
     assert (target / "thesis.doc").read_text() == "years of work"
 
@@ -601,8 +600,8 @@ def test_a_step_in_which_no_group_differs_changes_nothing(rows):
 def test_the_average_is_flow_grpos(tmp_path):
     """Every second optimizer step n, with decay min((1 + n) / (10 + n), .9), by hand from the weights of each step."""
     averaging = {"updates": 1, "ema": 0.9, "ema_every": 2}
-    build.run(config(tmp_path, steps=4, eval_every=0, optimizer=averaging))
-    build.run(config(tmp_path, "two", steps=2, eval_every=0, optimizer=averaging))
+    build.fit(config(tmp_path, steps=4, eval_every=0, optimizer=averaging))
+    build.fit(config(tmp_path, "two", steps=2, eval_every=0, optimizer=averaging))
     begin = {name: p.detach().clone() for name, p in models.load(config(tmp_path).model).trainable.items()}
     second, fourth = (
         load_file(tmp_path / run / f"checkpoint-{step}" / "weights.safetensors")
@@ -617,7 +616,7 @@ def test_the_average_is_flow_grpos(tmp_path):
 
 def test_the_average_is_what_is_judged_and_what_is_saved(tmp_path):
     averaging = {"lr": 1e-2, "updates": 1, "ema": 0.9, "ema_every": 1}
-    build.run(config(tmp_path, steps=2, eval_every=0, reward=brightness(tmp_path), optimizer=averaging))
+    build.fit(config(tmp_path, steps=2, eval_every=0, reward=brightness(tmp_path), optimizer=averaging))
     run = tmp_path / "run"
     assert build.evaluate(run)["eval/reward_mean"] == metrics(run)[-1]["eval/reward_mean"]
     saved = load_file(run / "pytorch_lora_weights.safetensors")
@@ -626,7 +625,7 @@ def test_the_average_is_what_is_judged_and_what_is_saved(tmp_path):
 
 
 def test_an_average_not_yet_taken_is_the_weights_themselves(tmp_path):
-    build.run(config(tmp_path, steps=2, eval_every=0, optimizer={"lr": 1e-2, "ema": 0.9, "ema_every": 50}))
+    build.fit(config(tmp_path, steps=2, eval_every=0, optimizer={"lr": 1e-2, "ema": 0.9, "ema_every": 50}))
     first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
     assert build.evaluate(tmp_path / "run") == {k: v for k, v in last.items() if k.startswith("eval/")}
     assert last["eval/reward_mean"] != first["eval/reward_mean"]
@@ -635,7 +634,7 @@ def test_an_average_not_yet_taken_is_the_weights_themselves(tmp_path):
 def test_a_step_is_adamws_with_the_settings_own_numbers(tmp_path):
     """The weights of step 2 by hand, from those of step 1 and the moments: rate, its fall, betas, eps and decay."""
     adamw = {"lr": 0.01, "decay": "linear", "betas": [0.5, 0.75], "eps": 1e-3, "weight_decay": 0.1, "updates": 1}
-    build.run(config(tmp_path, steps=2, eval_every=0, reward=brightness(tmp_path), optimizer=adamw))
+    build.fit(config(tmp_path, steps=2, eval_every=0, reward=brightness(tmp_path), optimizer=adamw))
     (w1, m1), (w2, m2) = (
         [load_file(tmp_path / "run" / f"checkpoint-{n}" / f"{part}.safetensors") for part in ("weights", "optimizer")]
         for n in (1, 2)
@@ -666,7 +665,7 @@ def test_advantages_are_the_settings_own(tmp_path, how, loss):
         "def score(images, prompts):\n    return [i % 5 == 0 for i in range(len(images))]\n"
     )
     sizes = {"steps": 1, "allocation": {"rule": "uniform"}, "optimizer": {"updates": 1, "micro_batch": 8}}
-    build.run(config(tmp_path, **sizes, reward=f"{tmp_path}/one.py:score", advantage={"clip": 0.5} | how))
+    build.fit(config(tmp_path, **sizes, reward=f"{tmp_path}/one.py:score", advantage={"clip": 0.5} | how))
     assert metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
@@ -741,7 +740,7 @@ def test_a_resume_leaves_nothing_of_the_course_it_abandons(tmp_path, capsys):
 )
 def test_a_resume_keeps_the_bases_entropies_only_if_they_are_still_the_bases(tmp_path, changes, kept):
     """Those in the checkpoint are made wrong: a run that believes them writes them into its own."""
-    build.run(config(tmp_path))
+    build.fit(config(tmp_path))
     folder = tmp_path / "run" / "checkpoint-2"
     saved, manifest = folder / "memory.safetensors", folder / "manifest.json"
     wrong = load_file(saved)
@@ -749,25 +748,25 @@ def test_a_resume_keeps_the_bases_entropies_only_if_they_are_still_the_bases(tmp
     save_file(wrong, saved)
     digests = json.loads(manifest.read_text()) | {saved.name: hashlib.sha256(saved.read_bytes()).hexdigest()}
     manifest.write_text(json.dumps(digests))
-    build.run(config(tmp_path, **changes), resume=str(folder))
+    build.fit(config(tmp_path, **changes), resume=str(folder))
     written = load_file(tmp_path / "run" / "checkpoint-3" / "memory.safetensors")["base_entropy/curves"]
     assert any((written == curve).all(1).any() for curve in wrong["base_entropy/curves"]) == kept
 
 
 def test_resuming_with_other_weights_or_into_another_run_is_refused_and_changes_nothing(tmp_path):
-    build.run(config(tmp_path, steps=1))
+    build.fit(config(tmp_path, steps=1))
     run = tmp_path / "run"
     before = (run / "config.yaml").read_text()
     with pytest.raises(ValueError, match="holds other weights than this config trains"):
-        build.run(config(tmp_path, model={"lora": {"rank": 8}}), resume="latest")
+        build.fit(config(tmp_path, model={"lora": {"rank": 8}}), resume="latest")
     with pytest.raises(ValueError, match="belongs to another run"):
-        build.run(config(tmp_path, "other"), resume=str(run / "checkpoint-1"))
+        build.fit(config(tmp_path, "other"), resume=str(run / "checkpoint-1"))
     assert (run / "config.yaml").read_text() == before
     assert not (tmp_path / "other").exists()
 
 
 def test_a_resume_never_makes_the_record_untrue(tmp_path):
-    build.run(config(tmp_path, steps=2))
+    build.fit(config(tmp_path, steps=2))
     run = tmp_path / "run"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for changes, said in (
@@ -778,15 +777,15 @@ def test_a_resume_never_makes_the_record_untrue(tmp_path):
         ({"steps": 1}, "steps: .*checkpoint-2 is past step 1; ask for at least 2"),
     ):
         with pytest.raises(ValueError, match=said):
-            build.run(config(tmp_path, **{"steps": 2} | changes), resume="latest")
+            build.fit(config(tmp_path, **{"steps": 2} | changes), resume="latest")
     (run / "2").mkdir()
     for name in ("samples", "2"):
         with pytest.raises(ValueError, match=rf"--resume: .*{name} is not a checkpoint folder"):
-            build.run(config(tmp_path), resume=str(run / name))
+            build.fit(config(tmp_path), resume=str(run / name))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     (run / "metrics.jsonl").write_text('{"step": 0}\ngarbage\n')
     with pytest.raises(ValueError, match=r"run/metrics.jsonl, line 2: not JSON"):
-        build.run(config(tmp_path), resume="latest")
+        build.fit(config(tmp_path), resume="latest")
     assert (run / "config.yaml").read_bytes() == before[run / "config.yaml"]
 
 
@@ -915,7 +914,7 @@ def test_the_loop_measures_when_it_is_due_and_remembers_what_it_saw(tmp_path, mo
         eval_every=0,
         save_every=12,
     )
-    build.run(own)
+    build.fit(own)
     assert spreads == [(0, 0, True), (10, 10, True)]
     assert walks == [(step, step) for step in range(12)]
     lines = metrics(tmp_path / "run")[1:]
@@ -949,21 +948,21 @@ def test_a_prompts_spread_of_reward_is_that_of_its_own_group_whatever_its_size(t
 
 
 def test_a_run_that_did_not_measure_the_spread_can_go_on_by_it(tmp_path):
-    build.run(config(tmp_path, steps=2))
+    build.fit(config(tmp_path, steps=2))
     changed = config(tmp_path, steps=3, exploration={"rule": "reward_spread", "k": 2})
-    build.run(changed, resume="latest")
+    build.fit(changed, resume="latest")
     assert metrics(tmp_path / "run")[-1]["step"] == 3
 
 
 def test_what_the_probe_cannot_read_is_said_before_a_run_is_overwritten(tmp_path):
-    build.run(config(tmp_path, steps=1))
+    build.fit(config(tmp_path, steps=1))
 
     def files():
         return {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
 
     before = files()
     with pytest.raises(ValueError, match="is named 'down_blocks"):
-        build.run(config(tmp_path, steps=1, probe={"layers": ["down_blocks.*"]}), overwrite=True)
+        build.fit(config(tmp_path, steps=1, probe={"layers": ["down_blocks.*"]}), overwrite=True)
     assert files() == before
     assert metrics(tmp_path / "run")[0]["forwards"] == 6 * 4  # having tried it is not counted
 
@@ -1063,7 +1062,7 @@ def test_each_reward_is_logged_and_a_group_that_is_dropped_teaches_nothing(tmp_p
     page = (tmp_path / "run" / "report.html").read_text()
     assert "<td>not finite</td><td>2</td><td>10</td>" in page and "numbers must be finite (1)" in page
     with pytest.raises(ValueError, match=r"said nan of an image for 'two squares'.* drop would go on; to go on from"):
-        build.run(config(tmp_path, "stopped", **{"reward": odd, "prompts": own_prompts(own)}))
+        build.fit(config(tmp_path, "stopped", **{"reward": odd, "prompts": own_prompts(own)}))
 
 
 def own_prompts(own):
@@ -1085,7 +1084,7 @@ def test_where_all_groups_are_dropped_nothing_moves(tmp_path):
         reward_checks={"not_finite": "drop"},
         prompts={"train": str(tmp_path / "train.txt"), "eval": str(tmp_path / "eval.txt")},
     )
-    build.run(own)
+    build.fit(own)
     step = metrics(tmp_path / "run")[1]
     assert step["reward/mean"] is None and step["dropped_groups"] == 2 and step["rows"] == 0 and step["grad_norm"] == 0
     first, last = (load_file(tmp_path / "run" / f"checkpoint-{n}" / "weights.safetensors") for n in (0, 1))
@@ -1097,14 +1096,14 @@ def test_ocr_judges_the_evaluations_of_a_run_and_nothing_else(tmp_path):
     (tmp_path / "signs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prompts = {"train": "world", "eval": str(tmp_path / "signs.jsonl")}
     own = config(tmp_path, steps=1, algorithm="flow-grpo", reward={"world": 1, "ocr": 0}, prompts=prompts)
-    build.run(own)
+    build.fit(own)
     before, step = metrics(tmp_path / "run")
     for line in (before, step):
         assert 0 <= line["eval/reward_mean/ocr"] <= 0.5 and line["eval/pass_rate_of/ocr"] in (0, 0.5)
         assert line["eval/reward_mean"] == line["eval/reward_mean/world"]
     assert not any(key.startswith("reward/ocr") for key in step)
     with pytest.raises(ValueError, match=r"ocr: no text is due in .*\(tried on a prompt of prompts\.train: world\)"):
-        build.run(config(tmp_path, "other", reward={"world": 1, "ocr": 0.5}, prompts=prompts))
+        build.fit(config(tmp_path, "other", reward={"world": 1, "ocr": 0.5}, prompts=prompts))
 
 
 def test_a_reward_elsewhere_is_asked_part_by_part_and_the_run_is_the_same(tmp_path):
@@ -1117,7 +1116,7 @@ def test_a_reward_elsewhere_is_asked_part_by_part_and_the_run_is_the_same(tmp_pa
     layer = {"allocation": {"low": 2, "high": 3}, "optimizer": {"micro_batch": 2, "updates": 2}, "eval_every": 0}
     layer |= {"prompts_per_step": 4, "steps": 2}
     for name in ("here", "away"):
-        build.run(config(tmp_path, name, reward=f"{tmp_path}/own.py:{name}", **layer))
+        build.fit(config(tmp_path, name, reward=f"{tmp_path}/own.py:{name}", **layer))
     asked = [int(line) for line in (tmp_path / "own.py.calls").read_text().split()]
     drawn = [2, 2, 6]  # tried out on two sets, and the first evaluation
     assert asked[:3] == drawn and sum(asked[3:-1]) == 20 and len(asked) == 3 + 8 + 1  # each prompt's group, of 2 or 3
