@@ -481,8 +481,8 @@ def test_a_card_cites_what_the_run_stands_on_and_nothing_else(run: Path, algorit
     (run / "config.yaml").write_text(yaml.safe_dump(choices), "utf-8")
     cited = re.findall(r"eprint        = \{([0-9.]+)\}", write_model_card(run).read_text("utf-8"))
     assert cited == papers
-    for paper in papers:
-        assert f"https://arxiv.org/abs/{paper}" in write_report(run).read_text("utf-8")
+    report = write_report(run).read_text("utf-8")
+    assert all(f"https://arxiv.org/abs/{paper}" in report for paper in papers)
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
