@@ -401,6 +401,7 @@ def test_only_a_reward_that_is_asked_in_training_is_a_reason_to_draw_in_parts():
 
 def test_the_next_images_in_order_are_asked_about():
     inquiry = Inquiry(alone(Reward("a", red)), prompts(0, 0, 5), [0, 0, 1])
+    inquiry.ask(images(3), torch.tensor([0]))
     with pytest.raises(AssertionError):
         inquiry.ask(images(3), torch.tensor([2]))
 
