@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -287,24 +288,73 @@ def test_killed_midway_it_goes_on_with_the_same_numbers(tmp_path):
     assert metrics(tmp_path / "whole") == metrics(run)
 
 
+<<<<<<< HEAD
 def test_a_checkpoint_cut_short_is_named_with_the_one_before(tmp_path, capsys):
     build.fit(config(tmp_path))
-    run = tmp_path / "run"
-    before = metrics(run)
-    file = run / "checkpoint-3" / "optimizer.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    assert main(["train", "--resume", "latest", "--output-dir", str(run), "--steps", "4"]) == 2
-    error = capsys.readouterr().err
-    assert len(error.splitlines()) == 1
-    assert "optimizer.safetensors" in error
-    assert "checkpoint-2" in error
-    assert metrics(run) == before
-    assert main(["train", "--resume", str(run / "checkpoint-2"), "--output-dir", str(run)]) == 0
-    assert metrics(run) == before
-    with pytest.raises(ValueError, match="not complete"):
-        (run / "checkpoint-3" / "manifest.json").unlink()
-        checkpoint.verify(run / "checkpoint-3")
+=======
+def test_a_reward_that_draws_says_the_same_in_a_run_that_was_resumed(tmp_path):
+    """From the generators of Python, numpy and torch; the steps before are not drawn again."""
+    (tmp_path / "dice.py").write_text(
+        "import random\nimport numpy as np\nimport torch\n"
+        "def score(images, prompts):\n"
+        "    return [random.random() + np.random.rand() + float(torch.rand(())) for _ in images]\n"
+    )
+    own = config(tmp_path, reward=f"{tmp_path}/dice.py:score", steps=2, eval_every=0, eval_images=1)
+    build.run(own)
+    before = metrics(tmp_path / "run")
+    build.run(own, resume=str(tmp_path / "run" / "checkpoint-1"))
+    assert metrics(tmp_path / "run") == before
+    assert before[1]["reward/mean"] != before[2]["reward/mean"]
 
+
+def damaged(folder, name):
+    """Break one file of a checkpoint in one of three ways."""
+    file, how = folder / name.removeprefix("no ").removeprefix("half "), name.partition(" ")[0]
+    match how:
+        case "no":
+            file.unlink()
+        case "half":
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        case _:
+            content = bytearray(file.read_bytes())
+            content[-1] ^= 1
+            file.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, monkeypatch):
+    build.run(config(tmp_path, steps=2, eval_every=0, checkpoints_total_limit=9))
+>>>>>>> e1d4703 (Checkpoints are on the disk before older ones go; a damaged one is named and the one before is used)
+    run = tmp_path / "run"
+    last, before = run / "checkpoint-2", metrics(run)
+    shutil.copytree(last, tmp_path / "whole")
+    for name, said in {
+        "weights.safetensors": "is damaged: weights.safetensors is not what was written",
+        "half optimizer.safetensors": "is damaged: optimizer.safetensors is not what was written",
+        "no memory.safetensors": "is not complete (memory.safetensors is missing)",
+        "no manifest.json": "is not complete (manifest.json is missing)",
+        "half manifest.json": "is not complete (JSONDecodeError: ",
+    }.items():
+        damaged(last, name)
+        with pytest.raises(ValueError) as error:
+            checkpoint.verify(last)
+        assert str(error.value).startswith(f"checkpoint {last} {said}")
+        assert str(error.value).endswith(f"; the one before is {run}/checkpoint-1")
+        found, [wrong] = checkpoint.newest_whole(run)
+        assert found == run / "checkpoint-1" and wrong.startswith(f"checkpoint-2 {said}")
+        shutil.rmtree(last)
+        shutil.copytree(tmp_path / "whole", last)
+    damaged(last, "weights.safetensors")
+    for name in (".checkpoint-2.partial", ".checkpoint-0.old"):  # what a kill leaves
+        shutil.copytree(tmp_path / "whole", run / name)
+    capsys.readouterr()
+    assert main(["train", "--resume", "latest", "--output-dir", str(run)]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"{last} is damaged: weights.safetensors is not what was written; going on from checkpoint-1"
+    assert second == f"going on from {run}/checkpoint-1"
+    assert metrics(run) == before and checkpoint.newest_whole(run) == (last, [])
+    assert not list(run.glob(".checkpoint-*"))
+
+<<<<<<< HEAD
 
 def test_a_checkpoint_with_one_flipped_bit_is_named(tmp_path):
     build.fit(config(tmp_path, steps=1))
@@ -316,6 +366,19 @@ def test_a_checkpoint_with_one_flipped_bit_is_named(tmp_path):
         ValueError, match=r"damaged: weights.safetensors is not what was written; the one before is .*-0"
     ):
         build.fit(config(tmp_path, steps=2), resume="latest")
+=======
+    monkeypatch.delattr(build, "load")  # what follows is said before the model is loaded
+    damaged(last, "weights.safetensors")
+    (run / "checkpoint-1").rename(run / "checkpoint-3")
+    files = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=r"checkpoint-3 is damaged: it was written as checkpoint-1; .* is .*-0$"):
+        build.run(config(tmp_path, eval_every=0), resume=str(run / "checkpoint-3"))
+    assert files == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    damaged(run / "checkpoint-0", "no weights.safetensors")
+    with pytest.raises(ValueError, match=r"^--resume: .*/run holds no whole checkpoint to go on from: ") as error:
+        build.run(config(tmp_path, eval_every=0), resume="latest")
+    assert all(f"checkpoint-{step} is " in str(error.value) for step in (3, 2, 0))
+>>>>>>> e1d4703 (Checkpoints are on the disk before older ones go; a damaged one is named and the one before is used)
 
 
 def test_weights_cut_short_leave_the_old_ones(tmp_path):

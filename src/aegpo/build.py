@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from safetensors.torch import save_file
 
-from aegpo import checkpoint, world
+from aegpo import checkpoint, disk, world
 from aegpo.analysis import analyze as measure
 from aegpo.analysis import evaluations, read_entropy
 from aegpo.comparison import LEVEL, compare, drawn_as, summary
@@ -49,9 +49,9 @@ from aegpo.types import Prompt
 
 VIDEOS = (".gif", ".webp", ".png")  # that Pillow animates
 RUN_FILES = (
-    *("config.yaml", "env.json", "metrics.jsonl", "metrics.partial", "report.html", "README.md", "samples"),
+    *("config.yaml", "env.json", "metrics.jsonl", "report.html", "README.md", "samples"),
     *("analysis", "eval"),
-    *("checkpoint-*", ".checkpoint-*", ".weights", "pytorch_lora_weights.safetensors", ".report*", ".README*"),
+    *("checkpoint-*", ".checkpoint-*", ".weights", "pytorch_lora_weights.safetensors", ".*.partial"),
     *("model_index.json", "scheduler", "transformer", "unet", "vae", "text_encoder*", "tokenizer*"),
 )
 
@@ -82,7 +82,7 @@ def fit(config: Config, *, resume: str | None = None, overwrite: bool = False) -
     folder, team = Path(config.output_dir), Team.join()
     console = Console(quiet=not team.is_first)
     with team.agreed():
-        start = _resume_point(folder, resume) if resume else None
+        start = _resume_point(folder, resume, console) if resume else None
         if start is None:
             _refuse_existing(folder, overwrite)
         else:
@@ -106,14 +106,14 @@ def fit(config: Config, *, resume: str | None = None, overwrite: bool = False) -
             entropy_curves(model, prompts[:1], model.encode([prompts[0].text]), config)
             model.forwards = 0
         if start is not None:
-            checkpoint.verify(start, model.trainable)
+            checkpoint.refuse_others(start, model.trainable)
     with team.agreed():
         if team.is_first:
             if start is None:
                 _clear(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(dump_yaml(config), encoding="utf-8")
-            (folder / "env.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+            disk.write(folder / "config.yaml", dump_yaml(config).encode())
+            disk.write(folder / "env.json", json.dumps(about, indent=1).encode())
 
     if config.model.shard and team.size > 1:
         model.shard()
@@ -223,6 +223,7 @@ def evaluate(
     option = prompts and "--prompts"
     held_out = _prompts(config, "eval", option)
     newest = _checkpoints(run)[-1]
+    checkpoint.verify(newest)
     judge = load_panel(replace(config, reward_checks=Checks()))
     _try_out(judge, held_out, named(config.prompts.eval, "eval", option))
     model = load(config.model, config.seed)
@@ -258,6 +259,7 @@ def evaluate_by_all(
     if len(held_out) == 1:
         raise ValueError(f"{where} holds one prompt, and intervals over prompts take two at least")
     newest = _checkpoints(run)[-1]
+    checkpoint.verify(newest)
     tried = {name: load_panel(replace(config, reward=name, reward_checks=Checks())) for name in judges}
     for judge in tried.values():
         _try_out(judge, held_out, where)
@@ -330,10 +332,12 @@ def analyze(
     judge = load_panel(replace(config, reward_checks=Checks()))
     _try_out(judge, asked, named(config.prompts.eval, "eval", option))
     found = _checkpoints(run) if trained else []
+    for folder in found:
+        checkpoint.verify(folder)
     policy = load(config.model, config.seed)
     policy.prepare([prompt.text for prompt in asked])
     for folder in found:
-        checkpoint.verify(folder, policy.trainable)
+        checkpoint.refuse_others(folder, policy.trainable)
     read_entropy(with_noise(config), policy, asked[:1], moved=False)  # what cannot be read is said before the long part
     out = out or (run if trained else Path("runs")) / "analysis"
     out.mkdir(parents=True, exist_ok=True)
@@ -454,11 +458,15 @@ def _is_a_runs(name: str) -> bool:
 
 
 def _clear(folder: Path) -> None:
-    for item in folder.iterdir() if folder.exists() else ():
+    """Delete a run: first its checkpoints and last its config, so that what a kill leaves is known for a run's."""
+    for old in reversed(checkpoint.checkpoints(folder)):
+        disk.delete(old)
+    items = list(folder.iterdir()) if folder.exists() else []
+    for item in sorted(items, key=lambda item: item.name == "config.yaml"):
         shutil.rmtree(item) if item.is_dir() else item.unlink()
 
 
-def _resume_point(folder: Path, resume: str) -> Path:
+def _resume_point(folder: Path, resume: str, console: Console) -> Path:
     if resume != "latest":
         if not Path(resume).is_dir() or checkpoint.step_of(Path(resume)) < 0:
             raise ValueError(
@@ -468,11 +476,16 @@ def _resume_point(folder: Path, resume: str) -> Path:
             raise ValueError(
                 f"--resume: {resume} belongs to another run than {folder}; give --output-dir {Path(resume).parent}"
             )
+        checkpoint.verify(Path(resume))
         return Path(resume)
-    found = checkpoint.checkpoints(folder)
-    if not found:
-        raise ValueError(f"--resume: {folder} holds no checkpoint to go on from; start it again with --overwrite")
-    return found[-1]
+    try:
+        newest, damaged = checkpoint.newest_whole(folder)
+    except ValueError as error:
+        raise ValueError(f"--resume: {error}") from None
+    for wrong in damaged:
+        said = f"{folder / wrong}; going on from {newest.name}"
+        console.print(said, highlight=False, markup=False, soft_wrap=True)
+    return newest
 
 
 def _refuse_another_course(start: Path, config: Config) -> None:

@@ -1,11 +1,11 @@
 """Save and resume: everything a run needs to go on as if it had never stopped, in safetensors and JSON.
 
-Noise is keyed by seed and step, so there is no generator to save.
+Noise and the draw of prompts are keyed by seed and step, and the generators that others may draw from are seeded by
+them at each step, so there is no state of a generator to save, and the step is the position in the data.
 """
 
 import hashlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from aegpo import disk
 from aegpo.distributed import part_of, whole
+
+NEEDED = {"weights.safetensors", "optimizer.safetensors", "memory.safetensors", "state.json"}
 
 
 def content(
@@ -45,23 +48,31 @@ def content(
 def save(
     run: Path, step: int, files: Mapping[str, dict[str, Tensor]], counters: Mapping[str, Any], limit: int = 2
 ) -> Path:
-    """Write `checkpoint-STEP` into the run's folder, whole or not at all, and drop all but the newest `limit`."""
+    """Write `checkpoint-STEP` into the run's folder, whole or not at all, and drop all but the newest `limit`.
+
+    It is on the disk, whatever happens to the machine, before an older one is dropped. Where it cannot be written,
+    nothing of it is left and no older one is touched.
+    """
     final = run / f"checkpoint-{step}"
     aside = run / f".checkpoint-{step}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
+    sweep(run)
     aside.mkdir()
-    for name, tensors in files.items():
-        save_file(tensors, aside / name)
-    (aside / "state.json").write_text(json.dumps({"step": step, **counters}))
-    digests = {file.name: _digest(file) for file in sorted(aside.iterdir())}
-    (aside / "manifest.json").write_text(json.dumps(digests, indent=1))
-    for file in aside.iterdir():
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
+    try:
+        for name, tensors in files.items():
+            save_file(tensors, aside / name)
+        (aside / "state.json").write_text(json.dumps({"step": step, **counters}))
+        digests = {file.name: _digest(file) for file in sorted(aside.iterdir())}
+        (aside / "manifest.json").write_text(json.dumps(digests, indent=1))
+        disk.sync_all(aside)
+        if final.exists():
+            disk.delete(final)
+        aside.rename(final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    disk.sync(run)
     for old in checkpoints(run)[:-limit]:
-        shutil.rmtree(old)
+        disk.delete(old)
     return final
 
 
@@ -72,15 +83,15 @@ def load(
     average: EMAModel | None,
     behaviour: Sequence[Tensor] | None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a checkpoint back into the model and the optimizer.
+    """Read a checkpoint, which `verify` has found whole, back into the model and the optimizer.
 
     Returns:
         The counters (with `step`), and the memory's tensors.
 
     Raises:
-        ValueError: the checkpoint is damaged, or belongs to a model with other trained weights.
+        ValueError: it belongs to a model with other trained weights.
     """
-    verify(folder, weights)
+    refuse_others(folder, weights)
     saved = load_file(folder / "weights.safetensors")
     moments = load_file(folder / "optimizer.safetensors")
     for name, parameter in weights.items():
@@ -104,8 +115,8 @@ def load(
 
 
 def load_weights(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
-    """Read only the policy's weights, averaged if the run averages; a damaged checkpoint is a ValueError."""
-    verify(folder, weights)
+    """Read only the policy's weights, averaged if the run averages; see `load`."""
+    refuse_others(folder, weights)
     average = folder / "average.safetensors"
     saved = load_file(average if average.exists() else folder / "weights.safetensors")
     for name, parameter in weights.items():
@@ -131,32 +142,66 @@ def how_to_resume(run: Path) -> str:
 
 def drop_after(run: Path, step: int) -> None:
     """Delete the checkpoints of later steps: the run goes on from `step`, and they are of a course it leaves."""
-    for folder in checkpoints(run):
+    sweep(run)
+    for folder in reversed(checkpoints(run)):  # so that, however far it came, what is left is of one course
         if step_of(folder) > step:
+            disk.delete(folder)
+
+
+def sweep(run: Path) -> None:
+    """Delete what is left of checkpoints that were being written, or deleted, when a run was killed."""
+    for name in (".checkpoint-*.partial", ".checkpoint-*.old"):
+        for folder in run.glob(name):
             shutil.rmtree(folder)
 
 
-def verify(folder: Path, weights: Mapping[str, nn.Parameter] | None = None) -> None:
-    """Raise ValueError, naming the file and the checkpoint before, unless every file is as it was written.
+def newest_whole(run: Path) -> tuple[Path, list[str]]:
+    """The newest checkpoint that is as it was written, and what is wrong with each later one.
 
-    With `weights`, also unless it holds just those, in their shapes.
+    Raises:
+        ValueError: there is none; all that are damaged are named.
     """
-    before = [p for p in checkpoints(folder.parent) if step_of(p) < step_of(folder)]
-    advice = f"; the one before is {before[-1]}" if before else ""
+    damaged: list[str] = []
+    for folder in reversed(checkpoints(run)):
+        if not (wrong := damage(folder)):
+            return folder, damaged
+        damaged.append(f"{folder.name} {wrong}")
+    what = f"no whole checkpoint to go on from: {'; '.join(damaged)}" if damaged else "no checkpoint to go on from"
+    raise ValueError(f"{run} holds {what}; start it again with --overwrite")
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, such as `is damaged: FILE is not what was written`; empty where it is whole."""
     try:
-        digests = json.loads((folder / "manifest.json").read_text())
+        digests = json.loads((folder / "manifest.json").read_bytes())
+        if not isinstance(digests, dict) or not digests.keys() >= NEEDED:
+            return "is damaged: manifest.json does not name its files"
         wrong = [name for name, digest in digests.items() if _digest(folder / name) != digest]
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {folder} is not complete ({type(error).__name__}: {error}){advice}") from None
-    if wrong:
-        raise ValueError(f"checkpoint {folder} is damaged: {wrong[0]} is not what was written{advice}")
-    if weights is not None:
-        with safe_open(folder / "weights.safetensors", "pt") as file:
-            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        if shapes != {name: list(parameter.shape) for name, parameter in weights.items()}:
-            raise ValueError(
-                f"checkpoint {folder} holds other weights than this config trains; resume with the run's own"
-            )
+        if wrong:
+            return f"is damaged: {wrong[0]} is not what was written"
+        step = json.loads((folder / "state.json").read_bytes())["step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a file that is not there, or whose text is no JSON
+        missing = isinstance(error, FileNotFoundError)
+        what = f"{Path(error.filename).name} is missing" if missing else f"{type(error).__name__}: {error}"
+        return f"is not complete ({what})"
+    return "" if step == step_of(folder) else f"is damaged: it was written as checkpoint-{step}"
+
+
+def verify(folder: Path) -> None:
+    """Raise ValueError, naming the file and the newest whole checkpoint before, unless it is as it was written."""
+    if not (wrong := damage(folder)):
+        return
+    before = [p for p in checkpoints(folder.parent) if step_of(p) < step_of(folder)]
+    whole = next((p for p in reversed(before) if not damage(p)), None)
+    raise ValueError(f"checkpoint {folder} {wrong}" + (f"; the one before is {whole}" if whole else ""))
+
+
+def refuse_others(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
+    """Raise ValueError unless a checkpoint holds just these weights, in their shapes."""
+    with safe_open(folder / "weights.safetensors", "pt") as file:
+        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    if shapes != {name: list(parameter.shape) for name, parameter in weights.items()}:
+        raise ValueError(f"checkpoint {folder} holds other weights than this config trains; resume with the run's own")
 
 
 def _optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from aegpo import disk
 from aegpo.types import Plan, Rollouts, Signals, Transitions, Verdict
 
 ASIDE = "not-finite"  # where rows stand whose loss or gradient was not finite
 
 
 def write(run: Path, metrics: dict[str, Any]) -> None:
-    """Append one line."""
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
+    """Append one line, which is on the disk on return."""
+    disk.append(run / "metrics.jsonl", json.dumps(metrics))
 
 
 def cut(run: Path, step: int) -> None:
@@ -31,9 +31,7 @@ def cut(run: Path, step: int) -> None:
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    aside = path.with_suffix(".partial")
-    aside.write_text("".join(kept), encoding="utf-8")
-    aside.replace(path)
+    disk.write(path, "".join(kept).encode())
 
 
 def put(run: Path, write: Callable[[Path], None]) -> None:
@@ -41,7 +39,12 @@ def put(run: Path, write: Callable[[Path], None]) -> None:
     aside = run / ".weights"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    write(aside)
+    try:
+        write(aside)
+        disk.sync_all(aside)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     for item in aside.iterdir():
         target = run / item.name
         if target.is_dir():
@@ -50,6 +53,7 @@ def put(run: Path, write: Callable[[Path], None]) -> None:
             item.chmod(0o644)  # safetensors writes for its user alone
         item.replace(target)
     aside.rmdir()
+    disk.sync(run)
 
 
 def keep_aside(run: Path, step: int, process: int, prompts: Sequence[str], number: int, rows: Transitions) -> None:

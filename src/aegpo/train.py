@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ from aegpo.signals import probe, reward_spread
 from aegpo.types import Conditions, Courses, Prompt, Transitions
 
 PARTS = 16  # in which rollouts are drawn, at most, where rewards elsewhere judge one while the next is drawn
-SHUFFLE = 3  # what a random choice is for: the first number of its key
+SHUFFLE, OTHERS = 3, 9  # what a random choice is for: the first number of its key
 
 
 class Display(Protocol):
@@ -115,6 +116,7 @@ def train(
 
     def save(step: int) -> None:
         state = {"forwards": team.sum(model.forwards), "seconds": time.monotonic() - began, "remembers": remembers}
+        state["rewards"] = reward.state()
         state["average_steps"] = average.optimization_step if average else 0
         files = checkpoint.content(model.trainable, optimizer, average, behaviour, memory.tensors())
         with team.agreed():
@@ -127,16 +129,19 @@ def train(
         model.forwards = state["forwards"] if team.is_first else 0  # they are counted together
         if state["remembers"] == remembers:
             memory = Memory.of(remembered)
+            reward.restore(state.get("rewards", {}))
         with team.agreed():
             if team.is_first:
                 checkpoint.drop_after(run, done)
                 logbook.cut(run, done)
     else:
+        seed_others(config.seed, 0)
         record(0, {})
         save(0)
 
     sigmas = model.sigmas(config.sampler.steps, config.sampler.shift)
     for step in range(done, config.steps):
+        seed_others(config.seed, step + 1)
         batch = draw(prompts, config.prompts_per_step, config.seed, step)
         texts = [prompt.text for prompt in batch]
         conditions = model.encode(texts)
@@ -196,6 +201,11 @@ def train(
 def seen_whole(config: Config, reward: Panel) -> bool:
     """Whether one process has to draw all rollouts of a prompt: a reward compares them, or the loss in their graphs."""
     return reward.groupwise or (config.optimizer.keep_graphs and config.loss.kind in GROUP_LOSSES)
+
+
+def seed_others(seed: int, step: int) -> None:
+    """Seed the generators of Python, numpy and torch, of which only a user's reward draws: alike in a resumed run."""
+    set_seed(int(np.random.SeedSequence([OTHERS, seed, step]).generate_state(1)[0]))
 
 
 # ---------------------------------------------------------------- credit

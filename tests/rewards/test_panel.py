@@ -1,5 +1,6 @@
 """Several rewards at once, and what becomes of one that cannot be right."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -157,6 +158,8 @@ def test_a_reward_that_always_says_the_same_is_met_after_twenty_groups():
     panel = alone(Reward("red", red))
     asked_of(panel, *[(3, 2)] * (CONSTANT - 1))
     assert panel.troubles() == []
+    state, panel = json.loads(json.dumps(panel.state())), alone(Reward("red", red))
+    panel.restore(state)  # as a resumed run does
     asked_of(panel, (3, 5))
     [trouble] = panel.troubles()
     assert (trouble.kind, trouble.what) == ("constant", "reward red said 3 of every image in 20 groups in a row")

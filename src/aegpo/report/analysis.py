@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aegpo import disk
 from aegpo.config import Config, reward_label
 from aegpo.report.html import rendered
-from aegpo.report.records import write_whole
 
 SHOWN = 8  # prompts at either end of the ranking
 SIGNALS = {"delta_entropy": "Change of entropy", "reward": "Mean reward", "reward_std": "Spread of reward"}
@@ -40,8 +40,8 @@ def write_analysis(folder: Path, config: Config, name: str, measured: dict[str, 
         "probe": {key: getattr(config.probe, key) for key in ("queries", "keys", "layers", "rows", "normalise")},
     }
     numbers = about | measured
-    write_whole(folder / "analysis.json", (json.dumps(numbers, indent=1, ensure_ascii=False) + "\n").encode())
-    write_whole(folder / "analysis.html", _page(numbers).encode())
+    disk.write(folder / "analysis.json", (json.dumps(numbers, indent=1, ensure_ascii=False) + "\n").encode())
+    disk.write(folder / "analysis.html", _page(numbers).encode())
     return folder / "analysis.html"
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
+from aegpo import disk
 from aegpo.algorithms import PAPERS
 from aegpo.report.html import count, duration, percent, reward
 from aegpo.report.images import sample_names
-from aegpo.report.records import Change, RunRecord, pass_rate_changes, read_run, reward_changes, write_whole
+from aegpo.report.records import Change, RunRecord, pass_rate_changes, read_run, reward_changes
 
 EMBEDDED = "world"  # the `model.path` that means the pipeline in the package
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -28,7 +29,7 @@ CITATION = """@misc{{arxiv{key},
 def write_model_card(run: Path) -> Path:
     """Writes `README.md` into a run's folder and returns its path; raises ValueError as `model_card` does."""
     card = model_card(run)
-    write_whole(run.resolve() / "README.md", card.encode())
+    disk.write(run.resolve() / "README.md", card.encode())
     return run / "README.md"
 
 

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from aegpo import disk
 from aegpo.algorithms import PAPERS
 from aegpo.config import reward_label
 from aegpo.report.images import Sample, read_samples, sample_names
@@ -17,7 +18,6 @@ from aegpo.report.records import (
     read_run,
     reward_changes,
     task_names,
-    write_whole,
 )
 
 FACTS = {
@@ -56,7 +56,7 @@ def write_report(run: Path) -> Path:
         ValueError: `run` is no run's folder, one of its files leads outside of it, or its metrics are damaged.
     """
     record = read_run(run)
-    write_whole(record.folder / "report.html", _render(record).encode())
+    disk.write(record.folder / "report.html", _render(record).encode())
     return run / "report.html"
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
-from aegpo.report.records import inside, write_whole
+from aegpo import disk
+from aegpo.report.records import inside
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,8 +79,8 @@ def save_grid(
         _draw_caption(draw, box, prompt, float(score), verdict)
     record = {"prompts": list(prompts), "scores": [float(s) for s in scores], "passed": verdicts, "boxes": boxes}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, _encoded(grid, "PNG"))
-    write_whole(path.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=1).encode())
+    disk.write(path, _encoded(grid, "PNG"))
+    disk.write(path.with_suffix(".json"), json.dumps(record, ensure_ascii=False, indent=1).encode())
 
 
 def sample_names(folder: Path) -> list[str]:

@@ -1,7 +1,6 @@
 """Reading a run's folder: its settings, its environment and its metrics. Nothing outside the folder is ever read."""
 
 import json
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,13 +133,6 @@ def inside(folder: Path, name: str) -> Path:
     if not path.is_relative_to(folder):
         raise ValueError(f"{name} leads outside the run's folder {folder}")
     return path
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader sees either the old one or the whole new one."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
 
 
 def reward_changes(evaluations: list[dict[str, Any]]) -> list[Change]:

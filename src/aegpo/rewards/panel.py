@@ -93,6 +93,14 @@ class Panel:
         met, self._met = self._met, []
         return met
 
+    def state(self) -> dict[str, tuple[float, int]]:
+        """What is remembered from step to step, for a checkpoint: how long each reward has said which number."""
+        return {name: (float(value), groups) for name, (value, groups) in self._alike.items() if groups}
+
+    def restore(self, state: Mapping[str, Sequence[float]]) -> None:
+        """Go on from what `state` gave."""
+        self._alike = {name: (value, int(groups)) for name, (value, groups) in state.items()}
+
     def watch(self, verdict: Verdict, group: Sequence[int]) -> None:
         """Look for a reward that says the same of every image, step after step.
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import math
-import random
 import sys
 import threading
 import time
@@ -11,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from random import SystemRandom
 
 import httpx
 import numpy as np
@@ -26,6 +26,8 @@ CONNECT = 10.0  # seconds in which a server that is there lets others connect
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0  # seconds before a server is asked again, at most
 QUIET = 5.0  # seconds that are waited without a word
 BUSY = (502, 503, 504)
+
+jitter = SystemRandom()  # a run's generators are seeded alike at each step, and are for rewards that draw from them
 
 
 class Health(BaseModel):
@@ -190,7 +192,7 @@ class Remote:
             server.failed += 1
         server.failed_at = time.monotonic()
         most = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(server.failed - 1, 16))
-        server.rests = server.failed_at + max(trouble.after, random.uniform(0, most))
+        server.rests = server.failed_at + max(trouble.after, jitter.uniform(0, most))
 
     async def _ask(self, server: Server, body: bytes, count: int) -> Answer:
         began = time.monotonic()
