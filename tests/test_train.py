@@ -288,10 +288,6 @@ def test_killed_midway_it_goes_on_with_the_same_numbers(tmp_path):
     assert metrics(tmp_path / "whole") == metrics(run)
 
 
-<<<<<<< HEAD
-def test_a_checkpoint_cut_short_is_named_with_the_one_before(tmp_path, capsys):
-    build.fit(config(tmp_path))
-=======
 def test_a_reward_that_draws_says_the_same_in_a_run_that_was_resumed(tmp_path):
     """From the generators of Python, numpy and torch; the steps before are not drawn again."""
     (tmp_path / "dice.py").write_text(
@@ -323,7 +319,6 @@ def damaged(folder, name):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, monkeypatch):
     build.run(config(tmp_path, steps=2, eval_every=0, checkpoints_total_limit=9))
->>>>>>> e1d4703 (Checkpoints are on the disk before older ones go; a damaged one is named and the one before is used)
     run = tmp_path / "run"
     last, before = run / "checkpoint-2", metrics(run)
     shutil.copytree(last, tmp_path / "whole")
@@ -354,19 +349,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
     assert metrics(run) == before and checkpoint.newest_whole(run) == (last, [])
     assert not list(run.glob(".checkpoint-*"))
 
-<<<<<<< HEAD
-
-def test_a_checkpoint_with_one_flipped_bit_is_named(tmp_path):
-    build.fit(config(tmp_path, steps=1))
-    file = tmp_path / "run" / "checkpoint-1" / "weights.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(
-        ValueError, match=r"damaged: weights.safetensors is not what was written; the one before is .*-0"
-    ):
-        build.fit(config(tmp_path, steps=2), resume="latest")
-=======
     monkeypatch.delattr(build, "load")  # what follows is said before the model is loaded
     damaged(last, "weights.safetensors")
     (run / "checkpoint-1").rename(run / "checkpoint-3")
@@ -378,7 +360,6 @@ def test_a_checkpoint_with_one_flipped_bit_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"^--resume: .*/run holds no whole checkpoint to go on from: ") as error:
         build.run(config(tmp_path, eval_every=0), resume="latest")
     assert all(f"checkpoint-{step} is " in str(error.value) for step in (3, 2, 0))
->>>>>>> e1d4703 (Checkpoints are on the disk before older ones go; a damaged one is named and the one before is used)
 
 
 def test_weights_cut_short_leave_the_old_ones(tmp_path):
