@@ -26,7 +26,7 @@ from aegpo import build, checkpoint, evaluation, logbook, models, train, world
 from aegpo.adapt.courses import lay_out
 from aegpo.adapt.memory import Memory
 from aegpo.cli import main
-from aegpo.config import Config, load_yaml, ratio_tolerance, resolve
+from aegpo.config import Config, dump_yaml, load_yaml, ratio_tolerance, resolve
 from aegpo.dry_run import arithmetic
 from aegpo.objective import objective
 from aegpo.rewards import Reward

@@ -311,13 +311,11 @@ def update(
         if number == 0 and len(dealt) > 1 and team.any(again):
             recomputed = predict_again(config, model, rows, conditions, [m for later in dealt[1:] for m in later])
         if not model.is_sharded:  # whose gradients were added up on the way
-            for parameter in model.trainable.values():
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            team.add_up(parameter.grad for parameter in model.trainable.values())
+            team.add_up(gradients(model))
         norm = whole(nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm))
         if team.any(not (norm.isfinite() & summed.isfinite())):
             dropped += 1
-            spoilt(number, rows[torch.cat(micros)] if micros else rows[:0])
+            spoilt(number, rows[torch.cat([rows.unit.new_zeros(0), *micros])])
             continue
         grad_norms.append(norm.item())
         optimizer.step()
@@ -333,6 +331,16 @@ def update(
         "ratio/first_error": None if means["ratio/mean"] is None else team.most(first_error.item()),
         "lr": optimizer.param_groups[0]["lr"],
     }
+
+
+def gradients(model: Denoiser) -> list[Tensor]:
+    """The gradient of each trained weight: 0 where no row of this process had any to do with it."""
+    found = []
+    for parameter in model.trainable.values():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        found.append(parameter.grad)
+    return found
 
 
 def pull_back(kept: Sequence[Tensor], slope: Tensor, used: Tensor) -> None:

@@ -245,8 +245,9 @@ class Denoiser:
         if not self.doubles(guidance):
             return self._velocity(x, sigma, given, guidance, wanted)[:wanted]
         both = {name: torch.cat([conditions.null[name].expand_as(rows), rows]) for name, rows in given.items()}
-        both = self._velocity(torch.cat([x, x]), sigma.repeat(2), both, guidance, 2 * wanted)
-        return self.family.guided(*both.chunk(2), guidance)[:wanted]
+        velocities = self._velocity(torch.cat([x, x]), sigma.repeat(2), both, guidance, 2 * wanted)
+        unconditional, conditional = velocities.chunk(2)
+        return self.family.guided(unconditional, conditional, guidance)[:wanted]
 
     def _velocity(self, x: Tensor, sigma: Tensor, given: Mapping[str, Tensor], guidance: float, counted: int) -> Tensor:
         """One evaluation a row. Code compiled for a way back rounds otherwise than other code, so it always serves."""
