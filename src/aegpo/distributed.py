@@ -48,7 +48,7 @@ class Team:
         if not dist.is_initialized():
             atexit.register(dist.destroy_process_group)
         state = PartialState(cpu=not torch.cuda.is_available())
-        return cls(state.process_index, state.num_processes, state.device)
+        return cls(state.process_index, state.num_processes, state.device or "cpu")
 
     def share(self, count: int) -> range:
         """This process's part of so many pieces of work that cost alike."""
