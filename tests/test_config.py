@@ -28,7 +28,7 @@ CHOICES = st.fixed_dictionaries(
             }
         ),
         "optimizer": st.fixed_dictionaries(
-            {"lr": POSITIVE, "betas": st.tuples(FRACTIONS, FRACTIONS), "updates": COUNTS}
+            {"lr": POSITIVE, "betas": st.tuples(FRACTIONS, FRACTIONS), "updates": st.integers(1, 96)}
         ),
         "advantage": st.fixed_dictionaries({"clip": POSITIVE, "eps": FRACTIONS}),
         "sampler": st.fixed_dictionaries({"steps": st.integers(8, 50), "guidance": st.floats(1, 3)}),

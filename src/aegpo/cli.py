@@ -48,6 +48,7 @@ REWARDS = (
 )
 ANALYZE_OPTIONS = ("--help", "--prompts", "--reward", "--images", "--out")
 ANALYZE_TAKES = {"model.path": "MODEL", "prompts.eval": "--prompts", "eval_images": "--images"}  # settings, as these
+LONGEST = 2000  # letters of a complaint; what it quotes may have any number of them, and any letters
 RECIPES = Path(__file__).with_name("recipes")
 
 
@@ -75,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _say(message: str, code: int) -> int:
-    print("aegpo:", " ".join(message.split()), file=sys.stderr)
+    line = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in " ".join(message.split()))
+    if len(line) > LONGEST:
+        line = f"{line[: LONGEST // 2]} ... {line[-LONGEST // 4 :]}"
+    print("aegpo:", line, file=sys.stderr)
     return code
 
 
@@ -375,9 +379,11 @@ def _split(words: list[str], options: Sequence[str]) -> tuple[list[str], dict[st
 
 def _override(option: str, text: str, options: Sequence[str]) -> dict[str, Any]:
     """The setting `--a.b-c` as {"a": {"b_c": value}}, even an unknown one: `resolve` says what it should have been."""
-    from aegpo.config import settings
+    from aegpo.config import DEPTH, settings
 
     name = _setting(option)
+    if name.count(".") > DEPTH:
+        raise ValueError(f"command line: {name} is not a setting")
     if name not in settings() and difflib.get_close_matches(option, options, cutoff=0.75):
         raise ValueError(f"command line: {option} is not an option{_did_you_mean(option, options)}")
     if name in settings() and not text:
@@ -393,9 +399,7 @@ def _setting(word: str) -> str:
 
 def _value(keys: list[str], text: str) -> Any:
     """What YAML reads; but if the setting is text then what was typed, so that a folder may be called 2026-01-31."""
-    import yaml
-
-    from aegpo.config import Config
+    from aegpo.config import Config, parse_yaml
 
     named = keys == ["reward"] and not text.lstrip().startswith("{")
     if named and (": " in text or text.startswith("[")):
@@ -406,24 +410,27 @@ def _value(keys: list[str], text: str) -> Any:
     if named or (is_text and keys != ["reward"]):
         return text
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ValueError(f"command line: {'.'.join(keys)}: {text!r} is not a YAML value") from None
+        return parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"command line: {'.'.join(keys)}: {text!r} is not a YAML value ({error})") from None
 
 
 def _config(recipe: str | None, resume: str | None, overrides: dict[str, Any]) -> "Config":
     """The command line over the recipe, or over the config of the run that is resumed; an error names the wrong one."""
     from aegpo.config import load_yaml, merge, resolve
 
-    if resume and not recipe:
+    if resume and recipe is None:
         folder = _resumed_run(resume, overrides)
         path = folder / "config.yaml"
-        layer = merge(load_yaml(path), {"output_dir": str(folder)})  # it stays in its folder, even if that was moved
+        layer = load_yaml(path)
+        if "output_dir" not in layer:  # the last that a run writes there
+            raise ValueError(f"{path} is cut off: it should end in output_dir; without the rest there is no going on")
+        layer = merge(layer, {"output_dir": str(folder)})  # it stays in its folder, even if that was moved
     else:
-        path = _recipe_file(recipe or "world")
+        path = _recipe_file("world" if recipe is None else recipe)
         model = overrides.get("model")
         foreign = isinstance(model, dict) and model.get("path", "world") != "world"
-        layer = {} if foreign and not recipe else load_yaml(path)  # the world's recipe is for the world's model
+        layer = {} if foreign and recipe is None else load_yaml(path)  # the world's recipe is for the world's model
     try:
         return resolve(layer, overrides)
     except ValueError as error:
@@ -459,6 +466,8 @@ def _recipe_file(name: str) -> Path:
     files = sorted(RECIPES.rglob("*.yaml"))
     packaged = {file.relative_to(RECIPES).with_suffix("").as_posix(): file for file in files}
     path = Path(name)
+    if not name:
+        raise ValueError("recipe: its name is empty; leave it out for the embedded world")
     if path.is_file() or (path.exists() and name not in packaged):
         return path
     if name in packaged:

@@ -27,10 +27,11 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, Field(ge=1, strict=True)]
-Size = Annotated[int, Field(ge=0, strict=True)]
+MOST = 10**6  # of whatever is counted: beyond that it is a slip, and some step would run out of memory or of integers
+Count = Annotated[int, Field(ge=1, le=MOST, strict=True)]
+Size = Annotated[int, Field(ge=0, le=MOST, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
-Pair = Annotated[int, Field(ge=2, le=10**6, strict=True)]
+Pair = Annotated[int, Field(ge=2, le=MOST, strict=True)]
 Number = Annotated[float, BeforeValidator(_no_switch)]
 Finite = Annotated[Number, Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
@@ -48,6 +49,8 @@ MATCHING_LOSSES = ("nft", "ram", "dgpo", "dpo")  # of a finished image
 GROUP_LOSSES = ("dgpo", "dpo")  # which see all that was drawn of a prompt at one noise level together
 
 RIDERS = 4  # one in so many rollouts of a group begins on its probe's trajectory, one of them in any case
+
+LETTERS, VALUES, DEPTH, BITS = 100_000, 10_000, 20, 64  # that settings may have at most, so that any can be printed
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -187,7 +190,7 @@ class Exploration:
     """How many steps a prompt explores; ignored by `all`."""
     start: Size = 0
     """The first step that may explore."""
-    until: Annotated[int, Field(strict=True)] = 0
+    until: Annotated[int, Field(ge=-MOST, le=MOST, strict=True)] = 0
     """Steps from this one on may not explore, or, if negative, so many at the end; the last never may in any case."""
     min_distance: Count = 1
     """Steps between two peaks, at least, and between the steps of a `window`."""
@@ -210,7 +213,7 @@ class Exploration:
     """Every rollout explores all of its prompt's steps; or each explores one of them, off the prompt's noiseless trunk
     (TempFlow-GRPO, arXiv 2508.04324); or a prompt's rollouts are the leaves of a tree that parts at them, noisy at
     every step (BranchGRPO, arXiv 2509.06040). The last two need `sampler.shared_noise`."""
-    merge: Number | None = None
+    merge: Finite | None = None
     """Merge an explored step whose policy noise has less entropy, ln(2 pi e std^2) / 2 in nats, with those after it
     until it has so much (E-GRPO, arXiv 2601.00423); null: never."""
     share: Share = 1.0
@@ -384,6 +387,8 @@ def resolve(*layers: dict[str, Any]) -> Config:
     Raises:
         ValueError: one plain line: which setting is wrong and what would be right.
     """
+    for layer in layers:
+        _refuse_boundless(layer)
     if not any("algorithm" in layer for layer in layers):
         layers = ({"algorithm": Config.algorithm}, *layers)
     laid: dict[str, Any] = {}
@@ -498,16 +503,46 @@ def with_noise(config: Config) -> Config:
 def load_yaml(path: Path) -> dict[str, Any]:
     """Read a recipe (or a run's `config.yaml`); raises ValueError with one plain line when it cannot be one."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            content = parse_yaml(file.read(LETTERS + 1))
     except FileNotFoundError:
         raise ValueError(f"recipe {path} does not exist") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ValueError(f"recipe {path} must hold settings such as 'steps: 100', not a {type(content).__name__}")
     return content
+
+
+def parse_yaml(text: str) -> Any:
+    """What YAML reads; raises ValueError where it cannot, or where that is more than settings could ever be."""
+    if len(text) > LETTERS:
+        raise ValueError(f"it is longer than {LETTERS:,} letters")
+    try:
+        content = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except Exception as error:  # of what turns `!!timestamp x` and the like into values
+        raise ValueError(f"a value is not what it is said to be ({type(error).__name__}: {error})") from None
+    _refuse_boundless(content)
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """Of plain values only, and of mappings in which no key stands twice."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set[tuple[str, str]]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if (key.tag, key.value) in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add((key.tag, key.value))
+        return node
 
 
 def dump_yaml(config: Config) -> str:
@@ -530,6 +565,25 @@ def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """The end of an error message: the known name nearest to a wrong one, if any is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _refuse_boundless(value: Any) -> None:
+    """Raise ValueError for what has no end, as an alias within its own value, or could not be printed or be a path."""
+    left, count = [(value, 0)], 0
+    while left:
+        value, depth = left.pop()
+        count += 1
+        if count > VALUES or depth > DEPTH:
+            what = f"hold more than {VALUES:,} values" if count > VALUES else f"are nested more than {DEPTH} deep"
+            raise ValueError(f"settings {what}, counting what stands behind each alias")
+        if isinstance(value, int) and value.bit_length() > BITS:
+            raise ValueError(f"settings hold a whole number of more than {BITS} bits")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("settings hold a zero byte, which neither a name nor a path can have")
+        if isinstance(value, dict):
+            left += [(item, depth + 1) for pair in value.items() for item in pair]
+        elif isinstance(value, list | tuple | set):
+            left += [(item, depth + 1) for item in value]
 
 
 def _choices(algorithm: Any) -> dict[str, Any]:
@@ -588,6 +642,8 @@ def _check_budget(config: Config) -> None:
             "model.shard: weights are gathered for each evaluation, so its graph cannot be kept; set "
             "optimizer.keep_graphs false"
         )
+    if config.optimizer.updates > (rows := rollouts * explored_steps(config)):
+        raise ValueError(f"optimizer.updates: {config.optimizer.updates} of a step with {rows} rows; lower it")
     if config.model.quantize != "none" and config.model.train == "full":
         raise ValueError("model.quantize: weights in few bits cannot be trained; set model.train lora, or this none")
     if config.optimizer.keep_graphs and (config.optimizer.updates > 1 or config.optimizer.behaviour):
