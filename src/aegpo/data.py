@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from aegpo.types import Prompt
 
 DRAW = 5  # what a random choice is for: the first number of its key
 TEXT = ("prompt", "caption", "text")  # columns of a data set that may hold the prompt; the first there is does
+SPACE = "\t\n\v\f\r\x85"  # control characters that a text may hold
 SPLITS = {"train": ("train",), "eval": ("test", "validation")}  # of a data set, by the setting; the first there is
 PLAIN = re.compile("(large_)?string|bool|null|u?int[0-9]+|float[0-9]+")  # types that JSON has too
 
@@ -53,25 +55,62 @@ def load_prompts(source: str, split: str, option: str | None = None) -> list[Pro
             f"{where} must be a .txt (one prompt a line), a .jsonl (with a 'prompt' key), 'world', "
             f"or a data set (a folder, or user/name of the Hub)"
         )
+    if path.exists() and not path.is_file():  # a device might never end
+        raise ValueError(f"{where} is not a file")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{where} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise ValueError(f"{where} cannot be read: {error.strerror}") from None
-    if path.suffix == ".txt":
-        return _prompts([{"prompt": line.strip()} for line in lines if line.strip()], where)
-    return _prompts([_row(line, f"{where}, line {i}") for i, line in enumerate(lines, 1) if line.strip()], where)
+    read = _text_row if path.suffix == ".txt" else _json_row
+    return _prompts([read(line, f"{where}, line {i}") for i, line in enumerate(lines, 1) if line.strip()], where)
 
 
-def _row(line: str, where: str) -> dict[str, Any]:
+def _text_row(line: str, where: str) -> dict[str, Any]:
+    return {"prompt": _readable(line.strip(), where)}
+
+
+def _json_row(line: str, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, parse_constant=_no_number, object_pairs_hook=_each_once)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error.msg}") from None
+    except ValueError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"{where} is not JSON that can be read: it is nested too deep") from None
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
         raise ValueError(f"{where} must be an object with a non-empty text under 'prompt'")
+    if not isinstance(row.get("task"), str | int | None):
+        raise ValueError(f"{where} has a 'task' that is not text, by which evaluations are summed up")
+    try:
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds half of a pair of surrogates, which is no letter") from None
+    _readable(row["prompt"], where)
     return row
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number in JSON")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return row
+
+
+def _readable(prompt: str, where: str) -> str:
+    """The prompt, unless it holds control characters, which are no text."""
+    odd = next((letter for letter in prompt if unicodedata.category(letter) == "Cc" and letter not in SPACE), "")
+    if odd:
+        raise ValueError(f"{where} holds {odd!r}, which is no letter; is it a text file?")
+    return prompt
 
 
 def _prompts(rows: list[dict[str, Any]], where: str) -> list[Prompt]:

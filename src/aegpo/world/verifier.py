@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
-from aegpo.world.scenes import BACKGROUND, COLORS, SHAPES, Request, coverage, parse, related
+from aegpo.world.scenes import BACKGROUND, COLORS, RELATION_WORDS, SHAPES, Request, coverage, parse, related
 
 MIN_AREA = 12  # pixels; smaller specks are dirt, not objects
 MAX_SIDE = 16  # pixels; what is larger is a background, not an object
 MIN_IOU = 0.72  # overlap with the ideal shape below which a blob has no name
 MAX_COLOR_DISTANCE = 70.0  # Euclidean, 8-bit RGB
+MAX_OBJECTS = 4  # that a prompt may ask for
 _PALETTE = np.array(list(COLORS.values()), np.float32)
 
 
@@ -131,9 +132,19 @@ def requested(prompt: str, metadata: Mapping[str, Any]) -> Request:
     if "objects" not in metadata:
         return parse(prompt)
     try:
-        return Request(tuple((shape, color) for shape, color in metadata["objects"]), metadata.get("relation"))
+        request = Request(tuple((shape, color) for shape, color in metadata["objects"]), metadata.get("relation"))
     except (TypeError, ValueError):
         raise ValueError(f"prompt {prompt!r}: objects must be a list of [shape, colour or null]") from None
+    if not 1 <= len(request.objects) <= MAX_OBJECTS:
+        raise ValueError(f"prompt {prompt!r}: objects must be one to {MAX_OBJECTS}, not {len(request.objects)}")
+    for shape, color in request.objects:
+        if shape not in SHAPES or color not in (None, *COLORS):
+            raise ValueError(f"prompt {prompt!r}: this world knows no object {[shape, color]!r}")
+    if request.relation not in (None, *RELATION_WORDS) or (request.relation and len(request.objects) < 2):
+        raise ValueError(
+            f"prompt {prompt!r}: relation {request.relation!r} is not of two objects, {', '.join(RELATION_WORDS)}"
+        )
+    return request
 
 
 def verify(
