@@ -1,6 +1,7 @@
 """The one place where the names in a config become objects, and a run's folder is made."""
 
 import json
+import os
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,9 +17,11 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from aegpo import checkpoint, disk, world
+from aegpo.adapt.memory import Memory
 from aegpo.analysis import analyze as measure
 from aegpo.analysis import evaluations, read_entropy
 from aegpo.comparison import LEVEL, compare, drawn_as, summary
@@ -39,7 +42,7 @@ from aegpo.evaluation import evaluate as evaluate_policy
 from aegpo.models import Denoiser, absent, compute_dtype, family_name, load, load_pipeline, memory
 from aegpo.models.comfyui import for_comfyui
 from aegpo.models.lora import read_lora
-from aegpo.report import read_metrics, save_picture, write_analysis, write_model_card, write_report
+from aegpo.report import inside, read_metrics, save_picture, write_analysis, write_model_card, write_report
 from aegpo.report.analysis import READINGS, SIGNALS, from_one
 from aegpo.report.html import correlation, percent
 from aegpo.rewards.panel import Panel, load_panel
@@ -107,6 +110,7 @@ def fit(config: Config, *, resume: str | None = None, overwrite: bool = False) -
             model.forwards = 0
         if start is not None:
             checkpoint.refuse_others(start, model.trainable)
+            _check_memory(start, config)
     with team.agreed():
         if team.is_first:
             if start is None:
@@ -442,6 +446,9 @@ def _check_words(config: Config, prompts: Sequence[str], where: str) -> None:
 
 
 def _refuse_existing(folder: Path, overwrite: bool) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"output_dir: {there} is not a folder")
     if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
@@ -463,7 +470,7 @@ def _clear(folder: Path) -> None:
         disk.delete(old)
     items = list(folder.iterdir()) if folder.exists() else []
     for item in sorted(items, key=lambda item: item.name == "config.yaml"):
-        shutil.rmtree(item) if item.is_dir() else item.unlink()
+        shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
 
 
 def _resume_point(folder: Path, resume: str, console: Console) -> Path:
@@ -497,13 +504,27 @@ def _refuse_another_course(start: Path, config: Config) -> None:
         "algorithm": (before.algorithm, config.algorithm),
         "sampler.steps": (before.sampler.steps, config.sampler.steps),
         "eval_steps": (eval_steps(before), eval_steps(config)),
+        "optimizer.kind": (before.optimizer.kind, config.optimizer.kind),
     }
     for name, (was, now) in kept.items():
         if was != now:
             raise ValueError(f"{name}: the run in {folder} has {name} {was}, not {now}; start another --output-dir")
     if config.steps < done:
         raise ValueError(f"steps: {start} is past step {config.steps}; ask for at least {done}")
+    for item in folder.rglob("*"):
+        if item.is_symlink():  # what the run writes there would be written elsewhere
+            inside(folder.resolve(), str(item.relative_to(folder)))
     read_metrics(folder)  # a damaged line is said while nothing has been written
+
+
+def _check_memory(start: Path, config: Config) -> None:
+    try:
+        memory = Memory.of(load_file(start / "memory.safetensors"))
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {start} is damaged: memory.safetensors: {error}") from None
+    curves = [curve for curve in (*memory.base_entropy.values(), memory.reward_spread) if curve is not None]
+    if any(len(curve) != config.sampler.steps for curve in curves):
+        raise ValueError(f"checkpoint {start} is damaged: memory.safetensors holds curves of other denoising steps")
 
 
 def _correlations(measured: dict[str, Any]) -> Iterator[Table]:

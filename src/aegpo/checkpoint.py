@@ -6,6 +6,7 @@ them at each step, so there is no state of a generator to save, and the step is 
 
 import hashlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -16,14 +17,16 @@ from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from aegpo import disk
 from aegpo.distributed import part_of, whole
 
-NEEDED = {"weights.safetensors", "optimizer.safetensors", "memory.safetensors", "state.json"}
+NEEDED = ("memory.safetensors", "optimizer.safetensors", "state.json", "weights.safetensors")  # of any checkpoint
+AVERAGE, BEHAVIOUR = "average.safetensors", "behaviour.safetensors"  # of some
+MOMENTS = {"exp_avg", "exp_avg_sq"}  # what AdamW keeps in a weight's own shape
 
 
 def content(
@@ -173,18 +176,18 @@ def newest_whole(run: Path) -> tuple[Path, list[str]]:
 def damage(folder: Path) -> str:
     """What is wrong with a checkpoint, such as `is damaged: FILE is not what was written`; empty where it is whole."""
     try:
-        digests = json.loads((folder / "manifest.json").read_bytes())
-        if not isinstance(digests, dict) or not digests.keys() >= NEEDED:
-            return "is damaged: manifest.json does not name its files"
-        wrong = [name for name, digest in digests.items() if _digest(folder / name) != digest]
+        digests = _read_json(folder / "manifest.json")
+        odd = [name for name in digests if Path(name).name != name] + [name for name in NEEDED if name not in digests]
+        odd += [name for name in (AVERAGE, BEHAVIOUR) if name not in digests and (folder / name).exists()]
+        wrong = odd or [name for name, digest in digests.items() if _digest(folder / name) != digest]
         if wrong:
             return f"is damaged: {wrong[0]} is not what was written"
-        step = json.loads((folder / "state.json").read_bytes())["step"]
-    except (OSError, ValueError, KeyError, TypeError) as error:  # a file that is not there, or whose text is no JSON
-        missing = isinstance(error, FileNotFoundError)
-        what = f"{Path(error.filename).name} is missing" if missing else f"{type(error).__name__}: {error}"
-        return f"is not complete ({what})"
-    return "" if step == step_of(folder) else f"is damaged: it was written as checkpoint-{step}"
+        _refuse_strange_state(folder)
+    except FileNotFoundError as error:
+        return f"is not complete ({Path(error.filename).name} is missing)"
+    except (OSError, ValueError) as error:
+        return f"is damaged: {error}"
+    return ""
 
 
 def verify(folder: Path) -> None:
@@ -197,11 +200,69 @@ def verify(folder: Path) -> None:
 
 
 def refuse_others(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
-    """Raise ValueError unless a checkpoint holds just these weights, in their shapes."""
-    with safe_open(folder / "weights.safetensors", "pt") as file:
-        shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    if shapes != {name: list(parameter.shape) for name, parameter in weights.items()}:
-        raise ValueError(f"checkpoint {folder} holds other weights than this config trains; resume with the run's own")
+    """Raise ValueError unless a checkpoint holds just these weights, in their shapes, and what belongs to them."""
+    try:
+        with safe_open(folder / "weights.safetensors", "pt") as file:
+            shapes = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        if shapes == {name: list(parameter.shape) for name, parameter in weights.items()}:
+            _refuse_strange_tensors(folder, weights)
+            return
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {folder} is damaged: {error}") from None
+    raise ValueError(f"checkpoint {folder} holds other weights than this config trains; resume with the run's own")
+
+
+def _refuse_strange_state(folder: Path) -> None:
+    """Raise ValueError where `state.json`, though it is what the manifest says, is none that a run writes."""
+    state = _read_json(folder / "state.json")
+    for name in ("step", "forwards", "average_steps"):
+        if type(state.get(name)) is not int or state[name] < 0:
+            raise ValueError(f"state.json: {name} should be a count, not {state.get(name)!r}")
+    if state["step"] != step_of(folder):
+        raise ValueError(f"it was written as checkpoint-{state['step']}")
+    if type(state.get("seconds")) not in (int, float) or not 0 <= state["seconds"] < math.inf:
+        raise ValueError(f"state.json: seconds should be a time, not {state.get('seconds')!r}")
+    if not isinstance(state.get("remembers"), str):
+        raise ValueError(f"state.json: remembers should be text, not {state.get('remembers')!r}")
+    if (folder / AVERAGE).exists() != bool(state["average_steps"]):
+        raise ValueError(f"state.json and {AVERAGE} do not belong together")
+
+
+def _refuse_strange_tensors(folder: Path, weights: Mapping[str, nn.Parameter]) -> None:
+    """Raise ValueError where tensors, though they are what the manifest says, are none that a run of these writes."""
+    optional = [name for name in (AVERAGE, BEHAVIOUR) if (folder / name).exists()]
+    for name in ("weights.safetensors", *optional):
+        tensors = load_file(folder / name)
+        if tensors.keys() != weights.keys() or any(not _is_like(t, weights[key]) for key, t in tensors.items()):
+            raise ValueError(f"{name} holds other tensors than the weights' own, or such as are not finite")
+    kinds: dict[str, set[str]] = {}
+    for key, moment in load_file(folder / "optimizer.safetensors").items():
+        of, _, kind = key.rpartition("/")
+        kinds.setdefault(of, set()).add(kind)
+        if of not in weights or (kind in MOMENTS and not _is_like(moment, weights[of])) or moment.isnan().any():
+            raise ValueError(f"optimizer.safetensors: {key} is not of these weights, or not finite")
+        if kind == "step" and not (moment.numel() == 1 and 0 <= moment.item() < math.inf):
+            raise ValueError(f"optimizer.safetensors: {key} is no count of steps")
+    for of, found in kinds.items():
+        if "step" not in found or found & MOMENTS not in (set(), MOMENTS):
+            raise ValueError(f"optimizer.safetensors lacks some of what is kept of {of}")
+
+
+def _is_like(tensor: Tensor, weight: Tensor) -> bool:
+    return tensor.shape == weight.shape and tensor.dtype == weight.dtype and bool(tensor.isfinite().all())
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object that a file of JSON holds; a ValueError where it holds none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except RecursionError:
+        raise ValueError(f"{file.name} is nested too deep") from None
+    except ValueError as error:
+        raise ValueError(f"{file.name}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} is no object")
+    return content
 
 
 def _optimizer_tensors(weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

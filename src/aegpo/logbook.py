@@ -26,7 +26,8 @@ def write(run: Path, metrics: dict[str, Any]) -> None:
 def cut(run: Path, step: int) -> None:
     """Drop the lines and samples of later steps, and a half-written last line: the run goes on from after `step`."""
     for sample in (run / "samples").glob("step-*"):
-        if int(sample.stem.removeprefix("step-")) > step:
+        number = sample.stem.removeprefix("step-")
+        if number.isdecimal() and int(number) > step:
             sample.unlink()
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

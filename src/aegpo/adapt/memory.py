@@ -57,11 +57,19 @@ class Memory:
 
     @classmethod
     def of(cls, saved: Mapping[str, Tensor]) -> "Memory":
-        """The memory whose `tensors` these are."""
-        keys = saved.get("base_entropy/keys", torch.zeros(0, 2)).tolist()
-        curves = saved.get("base_entropy/curves", torch.zeros(0))
+        """The memory whose `tensors` these are; raises ValueError where they are none's."""
+        keys = saved.get("base_entropy/keys", torch.zeros(0, 2))
+        curves = saved.get("base_entropy/curves", torch.zeros(0, 0))
+        prompts, values = saved.get("signal/prompts"), saved.get("signal/values")
+        spread = saved.get("reward_spread")
+        if prompts is None or values is None or prompts.ndim != 1 or prompts.shape != values.shape:
+            raise ValueError("it holds no signals by prompt")
+        if curves.ndim != 2 or keys.shape != (len(curves), 2) or (spread is not None and spread.ndim != 1):
+            raise ValueError("it holds curves that are none")
+        if not all(tensor.isfinite().all() for tensor in (values, curves, *([] if spread is None else [spread]))):
+            raise ValueError("it holds what is not finite")
         return cls(
-            base_entropy={(prompt, number): curve for (prompt, number), curve in zip(keys, curves, strict=True)},
-            signal=dict(zip(saved["signal/prompts"].tolist(), saved["signal/values"].tolist(), strict=True)),
-            reward_spread=saved.get("reward_spread"),
+            base_entropy={(a, b): curve for (a, b), curve in zip(keys.tolist(), curves, strict=True)},
+            signal=dict(zip(prompts.tolist(), values.tolist(), strict=True)),
+            reward_spread=spread,
         )

@@ -4,9 +4,10 @@ from aegpo.report.analysis import write_analysis
 from aegpo.report.card import model_card, shown_pictures, write_model_card
 from aegpo.report.html import write_report
 from aegpo.report.images import save_grid, save_picture
-from aegpo.report.records import read_metrics
+from aegpo.report.records import inside, read_metrics
 
 __all__ = [
+    "inside",
     "model_card",
     "read_metrics",
     "save_grid",

@@ -10,6 +10,8 @@ import yaml
 
 from aegpo.algorithms import ALGORITHMS
 
+TROUBLE = {"reward", "kind", "images", "what"}  # what is written of a `types.Trouble`
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -127,9 +129,12 @@ def inside(folder: Path, name: str) -> Path:
     """The path of a file of the run, once links are followed.
 
     Raises:
-        ValueError: A link leads outside the folder.
+        ValueError: A link leads outside the folder, or nowhere.
     """
-    path = (folder / name).resolve()
+    try:
+        path = (folder / name).resolve()
+    except (OSError, RuntimeError):
+        raise ValueError(f"{name} is a link that leads to itself") from None
     if not path.is_relative_to(folder):
         raise ValueError(f"{name} leads outside the run's folder {folder}")
     return path
@@ -166,8 +171,21 @@ def _read(folder: Path, name: str) -> bytes:
 def _parse_line(where: str, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise ValueError(f"{where}: not the metrics of a step, which are an object with its number as `step`")
+    if wrong := next((name for name, value in row.items() if not _is_metric(name, value)), ""):
+        raise ValueError(f"{where}: {wrong!r} is not what a run writes there")
     return row
+
+
+def _is_metric(name: str, value: Any) -> bool:
+    if name == "prompts":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if name == "reward_troubles":
+        return isinstance(value, list) and all(isinstance(item, dict) and item.keys() >= TROUBLE for item in value)
+    if name in ("allocation", "explored_steps", "entropy", "delta_entropy"):
+        return isinstance(value, list) and all(type(item) in (int, float) for item in value)
+    may_lack = not name.startswith("eval/") and name not in ("seconds", "forwards", "rollouts", "rows")
+    return type(value) in (int, float) or (value is None and may_lack)
