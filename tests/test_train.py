@@ -327,7 +327,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
         "half optimizer.safetensors": "is damaged: optimizer.safetensors is not what was written",
         "no memory.safetensors": "is not complete (memory.safetensors is missing)",
         "no manifest.json": "is not complete (manifest.json is missing)",
-        "half manifest.json": "is not complete (JSONDecodeError: ",
+        "half manifest.json": "is damaged: manifest.json: ",
     }.items():
         damaged(last, name)
         with pytest.raises(ValueError) as error:
