@@ -308,7 +308,7 @@ def test_a_bad_command_line_is_refused(sandbox: Path, words: list[str]):
 
 def train_on(file: str, split: str) -> list[str]:
     never = f"never-{next(COPIES)}"  # a folder of its own for each, so that one taken for good does not hide the others
-    words = ["train", "small.yaml", "--steps", "0", "--reward", "world", "--output-dir", never]
+    words = ["train", "small.yaml", "--steps=0", "--reward=world", "--prompts_per_step=1", "--output-dir", never]
     return [*words, f"--prompts.{split}", file]
 
 
