@@ -96,7 +96,7 @@ def folder(tmp_path_factory):
         "def together(images, prompts):\n    return [len(images)] * len(images)\n"
     )
     where = {"prompts": {"eval": str(folder / "few.jsonl")}, "output_dir": str(folder / "run")}
-    build.fit(resolve(SMALL, where, {"reward": f"{folder}/mine.py:bright"}))
+    build.run(resolve(SMALL, where, {"reward": f"{folder}/mine.py:bright"}))
     rewards = f"world,{folder}/mine.py:bright,{folder}/mine.py:together"
     assert main(["eval", str(folder / "run"), "--rewards", rewards]) == 0
     return folder

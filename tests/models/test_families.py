@@ -156,7 +156,7 @@ def trained(name, train, folders, task, run):
             "output_dir": str(run),
         }
     )
-    build.fit(config)
+    (build.run if name == "wan" else build.fit)(config)  # a page and a card of videos, too
     return config
 
 
