@@ -189,9 +189,12 @@ def spread_of_each(
     """The `reward_spread` of each prompt, float64 (P, N)."""
     spreads = []
     for i, prompt in enumerate(prompts):
-        before, one = model.forwards, torch.tensor([i])
+        before, own = (
+            model.forwards,
+            Trunk(trunk.latents[i : i + 1], trunk.velocities[i : i + 1], torch.zeros(1).long()),
+        )
         conditions = model.encode([prompt.text])
-        spreads.append(reward_spread(model, [prompt], conditions, reward, config, step=0, visit=0, trunk=trunk[one]))
+        spreads.append(reward_spread(model, [prompt], conditions, reward, config, step=0, visit=0, trunk=own))
         progress(model.forwards - before)
     return torch.stack(spreads)
 
