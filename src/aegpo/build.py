@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from importlib.metadata import version
@@ -59,13 +59,22 @@ RUN_FILES = (
 )
 
 
-def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -> Path:
+def run(
+    config: Config,
+    *,
+    resume: str | None = None,
+    overwrite: bool = False,
+    judges: Panel | None = None,
+    saved: Callable[[Path], None] = lambda checkpoint: None,
+) -> Path:
     """Train as the config says, in `config.output_dir`, and write the run's card and its report.
 
     Args:
         config: a resolved config.
         resume: `latest`, or a checkpoint folder of this run to go on from.
         overwrite: whether a run that stands in the folder may be replaced.
+        judges: the config's rewards, where they are at work elsewhere.
+        saved: is told of each checkpoint, in the first process.
 
     Returns:
         The path of the report.
@@ -73,21 +82,29 @@ def run(config: Config, *, resume: str | None = None, overwrite: bool = False) -
     Raises:
         ValueError: anything the user got wrong, in one plain line; nothing has been written then.
     """
-    folder, team = fit(config, resume=resume, overwrite=overwrite), Team.join()
+    folder = fit(config, resume=resume, overwrite=overwrite, judges=judges, saved=saved)
+    team = Team.join()
     if team.is_first:
         _conclude(folder)
     team.wait()
     return folder / "report.html"
 
 
-def fit(config: Config, *, resume: str | None = None, overwrite: bool = False) -> Path:
+def fit(
+    config: Config,
+    *,
+    resume: str | None = None,
+    overwrite: bool = False,
+    judges: Panel | None = None,
+    saved: Callable[[Path], None] = lambda checkpoint: None,
+) -> Path:
     """What `run` does but for the card and the report, which tell of what stands in the folder then: the path of it."""
     folder, team = Path(config.output_dir), Team.join()
     console = Console(quiet=not team.is_first)
     with team.agreed():
         start = _resume_point(folder, resume, console) if resume else None
         if start is None:
-            _refuse_existing(folder, overwrite)
+            refuse_existing(folder, overwrite)
         else:
             _refuse_another_course(start, config)
         prompts, held_out = _prompts(config, "train"), _prompts(config, "eval")
@@ -96,7 +113,7 @@ def fit(config: Config, *, resume: str | None = None, overwrite: bool = False) -
                 f"prompts_per_step: a step takes {config.prompts_per_step} prompts, but {config.prompts.train} holds "
                 f"{len(prompts)}; lower it (and rollouts_per_step), or give more prompts"
             )
-        reward = load_panel(config)
+        reward = judges or load_panel(config)
         _refuse_idle(config, reward, team.size)
         _try_out(reward, prompts, named(config.prompts.train, "train"), training=True)
         _try_out(reward, held_out, named(config.prompts.eval, "eval"))
@@ -128,7 +145,7 @@ def fit(config: Config, *, resume: str | None = None, overwrite: bool = False) -
         console.print(f"going on from {start}{over}", highlight=False, markup=False, soft_wrap=True)
     with Display(config.steps, console) as display:
         try:
-            train(config, model, prompts, held_out, reward, folder, display, start, team)
+            train(config, model, prompts, held_out, reward, folder, display, start, team, saved)
         except (ValueError, FloatingPointError) as error:
             if isinstance(error, SaidElsewhere) or not checkpoint.checkpoints(folder):
                 raise
@@ -445,7 +462,8 @@ def _check_words(config: Config, prompts: Sequence[str], where: str) -> None:
             )
 
 
-def _refuse_existing(folder: Path, overwrite: bool) -> None:
+def refuse_existing(folder: Path, overwrite: bool) -> None:
+    """Raise ValueError unless a run may begin in the folder: it is empty, or to be overwritten and a run's own."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise ValueError(f"output_dir: {there} is not a folder")

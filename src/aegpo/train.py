@@ -64,6 +64,7 @@ def train(
     display: Display,
     resume: Path | None = None,
     team: Team = ALONE,
+    saved: Callable[[Path], None] = lambda checkpoint: None,
 ) -> None:
     """Train the policy, writing metrics, samples, checkpoints and weights into the run's folder.
 
@@ -77,6 +78,7 @@ def train(
         display: shows progress.
         resume: a checkpoint of this run to go on from.
         team: the processes that train it together, of which the first writes.
+        saved: is told of each checkpoint once it is written, in the first process.
 
     Raises:
         ValueError: the reward or a checkpoint is not what it should be.
@@ -121,7 +123,7 @@ def train(
         files = checkpoint.content(model.trainable, optimizer, average, behaviour, memory.tensors())
         with team.agreed():
             if team.is_first:
-                checkpoint.save(run, step, files, state, config.checkpoints_total_limit)
+                saved(checkpoint.save(run, step, files, state, config.checkpoints_total_limit))
 
     if resume:
         state, remembered = checkpoint.load(resume, model.trainable, optimizer, average, behaviour)
