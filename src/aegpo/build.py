@@ -53,7 +53,7 @@ from aegpo.types import Prompt
 VIDEOS = (".gif", ".webp", ".png")  # that Pillow animates
 RUN_FILES = (
     *("config.yaml", "env.json", "metrics.jsonl", "report.html", "README.md", "samples"),
-    *("analysis", "eval"),
+    *("analysis", "eval", ".fetched", "not-finite", ".lock"),
     *("checkpoint-*", ".checkpoint-*", ".weights", "pytorch_lora_weights.safetensors", ".*.partial"),
     *("model_index.json", "scheduler", "transformer", "unet", "vae", "text_encoder*", "tokenizer*"),
 )
@@ -471,13 +471,13 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ValueError(f"output_dir: {folder} exists; give --overwrite, --resume latest, or another --output-dir")
-    others = [item.name for item in folder.iterdir() if not _is_a_runs(item.name)]
+    others = [item.name for item in folder.iterdir() if not is_a_runs(item.name)]
     if others or not (folder / "config.yaml").exists():
         what = f"holds {others[0]}, which is not a run's" if others else "is not a run's folder"
         raise ValueError(f"output_dir: {folder} {what}; it is not overwritten")
 
 
-def _is_a_runs(name: str) -> bool:
+def is_a_runs(name: str) -> bool:
     """Whether a run, and nobody else, writes a file of that name: only such are ever deleted."""
     return any(fnmatch(name, pattern) for pattern in RUN_FILES)
 

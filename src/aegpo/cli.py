@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_origin, get_type_hints
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from aegpo.config import Config
 
 HELP = """\
@@ -26,7 +28,8 @@ usage: aegpo COMMAND ...
 Align diffusion and flow models with human preference by online reinforcement learning.
 
   aegpo train [RECIPE] [--a.b VALUE ...] [--dry-run] [--resume latest|PATH] [--output-dir DIR] [--overwrite]
-              [--processes N] [--push-to-hub USER/NAME]
+              [--processes N] [--cluster local|ray://HOST:PORT] [--reward-actors N] [--storage URL]
+              [--push-to-hub USER/NAME]
   aegpo sample RUN --prompt "a red circle above a blue square" --out x.png [--seed 0]
   aegpo eval RUN [--prompts FILE] [--reward NAME] [--images N]
   aegpo eval RUN --rewards NAME,NAME,... [--prompts FILE] [--images N] [--out DIR]
@@ -42,7 +45,11 @@ Align diffusion and flow models with human preference by online reinforcement le
   aegpo --version
   aegpo COMMAND --help      (train --help lists every setting)
 """
-TRAIN_OPTIONS = ("--help", "--dry-run", "--resume", "--overwrite", "--processes", "--push-to-hub")
+CLUSTER_OPTIONS = ("--reward-actors", "--storage")
+TRAIN_OPTIONS = (
+    *("--help", "--dry-run", "--resume", "--overwrite", "--processes", "--push-to-hub", "--cluster"),
+    *CLUSTER_OPTIONS,
+)
 REWARDS = (
     "one that is shipped (docs/rewards.md): world, pickscore=DIR, '{vlm: {url: URL, model: M}}'; or FILE.py:FUNCTION"
 )
@@ -113,7 +120,7 @@ def _command(words: list[str]) -> None:
 
 def _train(words: list[str]) -> None:
     usage = "aegpo train [RECIPE] [--a.b VALUE ...] [--dry-run] [--resume latest|PATH] [--overwrite]"
-    usage += " [--processes N] [--push-to-hub USER/NAME]"
+    usage += " [--processes N] [--cluster WHERE] [--reward-actors N] [--storage URL] [--push-to-hub USER/NAME]"
     parser = _Parser("train", "Train a model as a recipe says, with single settings overridden.", usage=usage)
     parser.add_argument("RECIPE", nargs="?", help="a YAML file, or a packaged recipe (default: world, with its model)")
     parser.add_argument("--dry-run", action="store_true", help="only print the resolved config and what it will cost")
@@ -121,16 +128,30 @@ def _train(words: list[str]) -> None:
         "--resume", nargs="?", const="", type=_checkpoint, metavar="latest|PATH", help="go on from there"
     )
     parser.add_argument("--overwrite", action="store_true", help="start anew where the output folder holds a run")
-    several = "train in so many processes on this machine, one a GPU where there are any (default: 1)"
+    several = "train in so many processes, one a GPU where there are any (default: 1)"
     parser.add_argument("--processes", type=_whole(1), default=1, metavar="N", help=several)
     hub = "afterwards, push the run to this repository on the Hub, as `aegpo push` does"
     parser.add_argument("--push-to-hub", type=_text, metavar="USER/NAME", help=hub)
+    cluster = "train on Ray: local is this machine alone, auto the cluster that it belongs to, or HOST:PORT, ray://..."
+    parser.add_argument("--cluster", type=_cluster, metavar="local|ray://HOST:PORT", help=cluster)
+    actors = "with --cluster, actors that judge for all workers (default: 0, each worker judges for itself)"
+    parser.add_argument("--reward-actors", type=_whole(0), metavar="N", help=actors)
+    place = "with --cluster, an fsspec URL for a copy of the run, where machines share no folder"
+    parser.add_argument("--storage", type=_text, metavar="URL", help=place)
     if {"-h", "--help"} & set(words):
         return _print_train_help(parser)
     own, overrides = _split(words, TRAIN_OPTIONS)
     asked = parser.read(own)
     if asked.resume and asked.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite starts it anew; give one of them")
+    if not asked.cluster:
+        for option in CLUSTER_OPTIONS:
+            if getattr(asked, _setting(option)) is not None:
+                raise ValueError(f"{option} goes with --cluster")
+    if asked.resume == "latest" and asked.storage:
+        from aegpo.config import Config
+
+        _ray().fetch(asked.storage, Path(str(overrides.get("output_dir", Config.output_dir))))
     config = _config(asked.RECIPE, asked.resume, overrides)
     if asked.dry_run:
         from aegpo.dry_run import print_dry_run
@@ -140,16 +161,21 @@ def _train(words: list[str]) -> None:
         from aegpo.hub import check
 
         check(asked.push_to_hub)
-    if asked.processes > 1:
+    if asked.processes > 1 and not asked.cluster:
         from aegpo.launch import launch
 
         if code := launch(["train", *_without("--processes", words)], asked.processes):
             sys.exit(code)
         return
+    how = {"resume": asked.resume, "overwrite": asked.overwrite}
     try:
-        from aegpo.build import run
+        if asked.cluster:
+            how |= {"processes": asked.processes, "reward_actors": asked.reward_actors or 0, "storage": asked.storage}
+            _ray().run(config, asked.cluster, **how)
+        else:
+            from aegpo.build import run
 
-        run(config, resume=asked.resume, overwrite=asked.overwrite)
+            run(config, **how)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(config, bool(asked.resume))) from None
     if asked.push_to_hub and os.environ.get("RANK", "0") == "0":
@@ -163,6 +189,14 @@ def _without(option: str, words: list[str]) -> list[str]:
         if word.partition("=")[0] != option and (not i or words[i - 1] != option):
             left.append(word)
     return left
+
+
+def _ray() -> "ModuleType":
+    try:
+        from aegpo import ray
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--cluster needs {error.name}; pip install 'aegpo[ray]'") from None
+    return ray
 
 
 def _how_to_go_on(config: "Config", resumed: bool) -> str:
@@ -574,6 +608,12 @@ def _whole(least: int) -> Callable[[str], int]:
         return int(word)
 
     return number
+
+
+def _cluster(word: str) -> str:
+    if word in ("local", "auto") or re.fullmatch(r"(ray://)?[^\s/:]+:[0-9]+", word):
+        return word
+    raise argparse.ArgumentTypeError(f"must be local, auto, HOST:PORT or ray://HOST:PORT, not {word!r}")
 
 
 def _checkpoint(word: str) -> str:
