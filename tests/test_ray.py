@@ -10,9 +10,9 @@ import pytest
 import ray
 
 from aegpo import build, world
-from aegpo import ray as _ray  # noqa: F401 (it says how Ray is loaded)
 from aegpo.cli import main
 from aegpo.config import resolve
+from aegpo.ray import FRUITLESS, Notes
 from aegpo.rewards import actors
 from aegpo.rewards.panel import load_panel
 from aegpo.storage import Storage
@@ -117,6 +117,19 @@ def test_what_a_user_got_wrong_ends_the_run_at_once_in_a_line(cluster, recipe, t
     assert "--resume latest" in printed.err
     assert "a worker was lost" not in printed.out
     assert len(metrics(run)) == 2
+
+
+def test_a_run_that_fails_again_and_again_from_one_checkpoint_ends():
+    notes = Notes(workers=2)
+    assert notes.begin() == ("", -1, False)
+    for step in (0, 5):  # each time that it gets on, it may be lost again
+        notes.save(step)
+        for _ in range(FRUITLESS):
+            assert notes.begin() == ("", step, True)
+            notes.fail(0, "RuntimeError: out of memory", for_good=False)
+    wrong, step, _ = notes.begin()
+    assert (wrong, step) == ("the run failed 3 times after the checkpoint of step 5: RuntimeError: out of memory", 5)
+    assert notes.begin()[0] == notes.wrong()[0] == wrong
 
 
 def test_rewards_as_actors_say_the_same_and_come_back_when_killed(cluster):

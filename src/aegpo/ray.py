@@ -7,16 +7,15 @@ between the machines of one user; files that users exchange never are.
 
 import contextlib
 import io
-import json
 import logging
 import os
 import posixpath
 import shutil
 import sys
-import tempfile
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,10 +178,13 @@ def _connected(cluster: str, cpus: int) -> Iterator[bool]:
             cpus = max(cpus, os.cpu_count() or 1)
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
         else:
-            ray.init(address=cluster, **quiet)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what does not answer is said below
+                ray.init(address=cluster, **quiet)
     except (ConnectionError, TimeoutError, RuntimeError, ValueError, ImportError) as error:
         why = " ".join(str(error).split()).partition(". ")[0]
-        raise ValueError(f"--cluster: there is no Ray at {cluster}: {why}") from None
+        token = "" if local else "; if it wants a token, RAY_AUTH_MODE=token sends yours"
+        raise ValueError(f"--cluster: there is no Ray at {cluster}: {why}{token}") from None
     try:
         yield local
     finally:
@@ -191,7 +193,7 @@ def _connected(cluster: str, cpus: int) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _record(folder: Path, place: Storage | None) -> Iterator[tuple[str, Any]]:
-    """Where Ray Train notes what a run has reported: a folder for the time of a run, and its file system."""
+    """A folder for the time of a run in which Ray Train sees whether all machines share one; and its file system."""
     files = place.fs if place else fsspec.filesystem("file")
     root = f"{place.root}/{RECORD}" if place else str(folder.absolute().parent / f".{folder.name}{RECORD}")
     try:
@@ -258,12 +260,11 @@ def _scaling(processes: int, reward_actors: int, local: bool) -> ray.train.Scali
 
 
 def _running(root: str, files: Any) -> ray.train.RunConfig:
-    """Where Ray Train notes what is reported, and how often it begins again."""
+    """How often Ray Train begins again, and a folder that it must have; what it should go on from is in ours."""
     return ray.train.RunConfig(
         name=f"aegpo-{uuid.uuid4().hex[:12]}",
         storage_path=root,
         storage_filesystem=pyarrow.fs.PyFileSystem(pyarrow.fs.FSSpecHandler(files)),
-        checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         failure_config=ray.train.FailureConfig(max_failures=FAILURES, controller_failure_limit=NO_ROOM),
         logging_config=ray.train.LoggingConfig(log_level="ERROR"),
     )
@@ -322,10 +323,11 @@ class Notes:
     """An actor that outlives the workers: what they say, what they found wrong, and how often they began where."""
 
     def __init__(self, workers: int) -> None:
-        self.workers, self.said, self.wrong_line = workers, [], ""
+        self.workers, self.step = workers, -1
+        self.said, self.wrong_line = [], ""
         self.found: set[int] = set()
         self.lost: dict[int, str] = {}
-        self.begun: dict[tuple[int, int], int] = {}
+        self.begun: dict[int, int] = {}
         self.machines: set[str] = set()
 
     def say(self, text: str, is_error: bool) -> None:
@@ -337,19 +339,24 @@ class Notes:
         said, self.said = self.said, []
         return said
 
-    def begin(self, rank: int, step: int) -> tuple[str, bool]:
-        """A worker begins from the checkpoint of this step, -1 for none.
+    def save(self, step: int) -> None:
+        """The checkpoint of this step is where it should be."""
+        self.step = step
+
+    def begin(self) -> tuple[str, int, bool]:
+        """The workers begin.
 
         Returns:
-            What is wrong with the run, if anything is, and whether workers were lost before.
+            What is wrong with the run, if anything is; the step of its last checkpoint, -1 if it has written none; and
+            whether they began before.
         """
-        before = any(who == rank for who, _ in self.begun)
-        count = self.begun[rank, step] = self.begun.get((rank, step), 0) + 1
+        before = bool(self.begun)
+        count = self.begun[self.step] = self.begun.get(self.step, 0) + 1
         if count > FRUITLESS and not self.wrong_line:
-            since = f"after the checkpoint of step {step}" if step >= 0 else "before its first checkpoint"
-            why = self.lost.get(step, "a worker was lost without a word")
+            since = f"after the checkpoint of step {self.step}" if self.step >= 0 else "before its first checkpoint"
+            why = self.lost.get(self.step, "a worker was lost without a word")
             self.wrong_line = f"the run failed {FRUITLESS} times {since}: {why}"
-        return self.wrong_line, before
+        return self.wrong_line, self.step, before
 
     def is_own(self, machine: str) -> bool:
         """Whether the run writes its folder on this machine; from now on, it does."""
@@ -357,13 +364,13 @@ class Notes:
         self.machines.add(machine)
         return known
 
-    def fail(self, rank: int, step: int, line: str, for_good: bool) -> None:
+    def fail(self, rank: int, line: str, for_good: bool) -> None:
         """A worker failed; for good, if it is something that a user got wrong."""
         if for_good:
             self.wrong_line = self.wrong_line or line
             self.found.add(rank)
         else:
-            self.lost.setdefault(step, line)
+            self.lost.setdefault(self.step, line)
 
     def all_found(self) -> bool:
         """Whether every worker found something wrong."""
@@ -393,31 +400,34 @@ class _Out(io.TextIOBase):
 def _work(told: dict[str, Any]) -> None:
     """What Ray Train runs in each worker, again after one is lost."""
     job: Job = ray.get(told["job"])
-    logging.getLogger().setLevel(logging.WARNING)  # where it is by default; Ray Train says all metrics at each report
+    logging.getLogger().setLevel(logging.WARNING)  # where it is by default, and was before Ray Train
     context = ray.train.get_context()
-    rank, step = context.get_world_rank(), _reported_step()
+    rank = context.get_world_rank()
     if os.path.isdir(job.where):
         os.chdir(job.where)
     os.environ["COLUMNS"] = str(job.columns)
-    wrong, before = ray.get(job.notes.begin.remote(rank, step))
+    begun: list[Any] = [ray.get(job.notes.begin.remote()) if rank == 0 else None]
+    if context.get_world_size() > 1:
+        torch.distributed.broadcast_object_list(begun)  # the workers' own group; all do the same then
+    wrong, step, before = begun[0]
     if wrong:
         return
     out, err = (_Out(job.notes, False), _Out(job.notes, True)) if rank == 0 else (io.StringIO(), io.StringIO())
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         if before:
-            print("a worker was lost; the others begin again from the last checkpoint")
+            print("a worker was lost: the run goes on from its last checkpoint")
         try:
             _train(job, context, step)
             ray.get(job.notes.all_found.remote())  # by then, what was said has arrived
         except (ValueError, FloatingPointError) as error:
-            ray.get(job.notes.fail.remote(rank, step, " ".join(str(error).split()), True))
+            ray.get(job.notes.fail.remote(rank, " ".join(str(error).split()), True))
             ends = time.monotonic() + TOGETHER
             while not ray.get(job.notes.all_found.remote()):
                 if time.monotonic() > ends:
                     raise  # the others wait for this one: they end when Ray Train begins again
                 time.sleep(POLL)
         except Exception as error:
-            ray.get(job.notes.fail.remote(rank, step, f"{type(error).__name__}: {error}", False))
+            ray.get(job.notes.fail.remote(rank, f"{type(error).__name__}: {error}", False))
             raise
 
 
@@ -435,29 +445,15 @@ def _train(job: Job, context: Any, step: int) -> None:
         _restore(place, folder, context)
     judges = actors.ask(job.config, job.judges, job.about, context.get_world_rank()) if job.judges else None
 
-    def saved(folder: Path) -> None:
-        if not first:
-            return ray.train.report({"step": checkpoint.step_of(folder)})
-        if place:
-            place.put(folder.parent, build.is_a_runs)
-        with tempfile.TemporaryDirectory() as pointer:  # what Ray Train keeps; the checkpoint is where it says
-            where = {"run": place.url if place else str(folder.parent.absolute()), "checkpoint": folder.name}
-            (Path(pointer) / "checkpoint.json").write_text(json.dumps(where))
-            metrics = (folder.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-            ray.train.report(json.loads(metrics[-1]), checkpoint=ray.train.Checkpoint(pointer))
+    def saved(saved: Path) -> None:
+        if first:
+            if place:
+                place.put(folder, build.is_a_runs)
+            ray.get(job.notes.save.remote(checkpoint.step_of(saved)))
 
     build.run(job.config, resume=resume, overwrite=overwrite and resume is None, judges=judges, saved=saved)
     if first and place:
         place.put(folder, build.is_a_runs)
-
-
-def _reported_step() -> int:
-    """The step of the checkpoint that Ray Train was last told of, -1 for none."""
-    reported = ray.train.get_checkpoint()
-    if reported is None:
-        return -1
-    with reported.as_directory() as pointer:
-        return checkpoint.step_of(Path(json.loads((Path(pointer) / "checkpoint.json").read_text())["checkpoint"]))
 
 
 def _restore(place: Storage, folder: Path, context: Any) -> None:
