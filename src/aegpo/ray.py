@@ -26,12 +26,12 @@ import pyarrow.fs
 import ray
 import ray.exceptions
 import ray.train
-import torch
 from ray.train.torch import TorchTrainer
 
 import aegpo
 from aegpo import build, checkpoint
 from aegpo.config import Config
+from aegpo.distributed import SaidElsewhere, Team
 from aegpo.rewards import actors
 from aegpo.storage import RECORD, Storage
 
@@ -328,7 +328,7 @@ class Notes:
         self.found: set[int] = set()
         self.lost: dict[int, str] = {}
         self.begun: dict[int, int] = {}
-        self.machines: set[str] = set()
+        self.machines: dict[str, int] = {}
 
     def say(self, text: str, is_error: bool) -> None:
         """A piece of output."""
@@ -343,14 +343,15 @@ class Notes:
         """The checkpoint of this step is where it should be."""
         self.step = step
 
-    def begin(self) -> tuple[str, int, bool]:
+    def begin(self) -> tuple[str, int, int]:
         """The workers begin.
 
         Returns:
             What is wrong with the run, if anything is; the step of its last checkpoint, -1 if it has written none; and
-            whether they began before.
+            how often they began before.
         """
-        before = bool(self.begun)
+        before = sum(self.begun.values())
+        self.found.clear()
         count = self.begun[self.step] = self.begun.get(self.step, 0) + 1
         if count > FRUITLESS and not self.wrong_line:
             since = f"after the checkpoint of step {self.step}" if self.step >= 0 else "before its first checkpoint"
@@ -358,14 +359,12 @@ class Notes:
             self.wrong_line = f"the run failed {FRUITLESS} times {since}: {why}"
         return self.wrong_line, self.step, before
 
-    def is_own(self, machine: str) -> bool:
-        """Whether the run writes its folder on this machine; from now on, it does."""
-        known = machine in self.machines
-        self.machines.add(machine)
-        return known
+    def is_own(self, machine: str, before: int) -> bool:
+        """Whether workers on this machine began the run, and so may have written its folder, before this attempt."""
+        return self.machines.setdefault(machine, before) < before
 
     def fail(self, rank: int, line: str, for_good: bool) -> None:
-        """A worker failed; for good, if it is something that a user got wrong."""
+        """A worker failed; for good, if it is something that a user got wrong, of which another may say the line."""
         if for_good:
             self.wrong_line = self.wrong_line or line
             self.found.add(rank)
@@ -401,15 +400,12 @@ def _work(told: dict[str, Any]) -> None:
     """What Ray Train runs in each worker, again after one is lost."""
     job: Job = ray.get(told["job"])
     logging.getLogger().setLevel(logging.WARNING)  # where it is by default, and was before Ray Train
-    context = ray.train.get_context()
-    rank = context.get_world_rank()
+    team = Team.join()  # the group that Ray Train has made
+    rank = team.rank
     if os.path.isdir(job.where):
         os.chdir(job.where)
     os.environ["COLUMNS"] = str(job.columns)
-    begun: list[Any] = [ray.get(job.notes.begin.remote()) if rank == 0 else None]
-    if context.get_world_size() > 1:
-        torch.distributed.broadcast_object_list(begun)  # the workers' own group; all do the same then
-    wrong, step, before = begun[0]
+    wrong, step, before = team.tell(ray.get(job.notes.begin.remote()) if team.is_first else None)[0]
     if wrong:
         return
     out, err = (_Out(job.notes, False), _Out(job.notes, True)) if rank == 0 else (io.StringIO(), io.StringIO())
@@ -417,10 +413,11 @@ def _work(told: dict[str, Any]) -> None:
         if before:
             print("a worker was lost: the run goes on from its last checkpoint")
         try:
-            _train(job, context, step)
+            _train(job, team, step, before)
             ray.get(job.notes.all_found.remote())  # by then, what was said has arrived
         except (ValueError, FloatingPointError) as error:
-            ray.get(job.notes.fail.remote(rank, " ".join(str(error).split()), True))
+            line = "" if isinstance(error, SaidElsewhere) else " ".join(str(error).split())
+            ray.get(job.notes.fail.remote(rank, line, True))
             ends = time.monotonic() + TOGETHER
             while not ray.get(job.notes.all_found.remote()):
                 if time.monotonic() > ends:
@@ -431,35 +428,24 @@ def _work(told: dict[str, Any]) -> None:
             raise
 
 
-def _train(job: Job, context: Any, step: int) -> None:
+def _train(job: Job, team: Team, step: int, before: int) -> None:
     """Train, or go on from the last checkpoint if `step` is that of one."""
-    folder, first = Path(job.config.output_dir), context.get_world_rank() == 0
-    place = Storage(job.storage) if job.storage else None
-    resume, overwrite = ("latest" if step >= 0 else job.resume), job.overwrite
-    if first:
-        own: Any = ray.get(job.notes.is_own.remote(ray.get_runtime_context().get_node_id()))
-        if resume is None and not own:
-            build.refuse_existing(folder, overwrite)
-        overwrite = overwrite or own
+    folder, place = Path(job.config.output_dir), Storage(job.storage) if job.storage else None
+    resume = "latest" if step >= 0 else job.resume
+    own: Any = ray.get(job.notes.is_own.remote(ray.get_runtime_context().get_node_id(), before))
     if place and resume:
-        _restore(place, folder, context)
-    judges = actors.ask(job.config, job.judges, job.about, context.get_world_rank()) if job.judges else None
+        for turn in (team.is_first, ray.train.get_context().get_local_rank() == 0):  # others may share the first's disk
+            with team.agreed():
+                if turn:
+                    place.get(folder)
+    judges = actors.ask(job.config, job.judges, job.about, team.rank) if job.judges else None
 
-    def saved(saved: Path) -> None:
-        if first:
-            if place:
-                place.put(folder, build.is_a_runs)
-            ray.get(job.notes.save.remote(checkpoint.step_of(saved)))
+    def saved(written: Path) -> None:
+        if place:
+            place.put(folder, build.is_a_runs)
+        ray.get(job.notes.save.remote(checkpoint.step_of(written)))
 
-    build.run(job.config, resume=resume, overwrite=overwrite and resume is None, judges=judges, saved=saved)
-    if first and place:
+    overwrite = resume is None and (job.overwrite or own)
+    build.run(job.config, resume=resume, overwrite=overwrite, judges=judges, saved=saved)
+    if team.is_first and place:
         place.put(folder, build.is_a_runs)
-
-
-def _restore(place: Storage, folder: Path, context: Any) -> None:
-    """Bring the run to each machine that lacks it, the first worker's before others, which may share its disk."""
-    for turn in (context.get_world_rank() == 0, context.get_local_rank() == 0):
-        if turn:
-            place.get(folder)
-        if context.get_world_size() > 1:
-            torch.distributed.barrier()
