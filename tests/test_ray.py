@@ -105,18 +105,29 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_what_a_user_got_wrong_ends_the_run_at_once_in_a_line(cluster, recipe, tmp_path, capsys):
-    wrong = reward(tmp_path, "wrong", "raise ValueError('no such picture')")
-    run = tmp_path / "run"
-    where = ["--cluster", "local", "--output-dir", str(run)]
-    assert main(["train", str(recipe), "--reward", wrong, *where]) == 2
+def test_no_line_stands_twice_after_a_kill_and_what_a_user_got_wrong_ends_the_run_at_once(
+    cluster, recipe, tmp_path, capsys
+):
+    (tmp_path / "wrong.py").write_text(f"""
+import os, pathlib, signal
+mark, lines = pathlib.Path({str(tmp_path / "mark")!r}), pathlib.Path({str(tmp_path / "run/metrics.jsonl")!r})
+def score(images, prompts):
+    if len(images) > 2 and lines.exists() and lines.read_text().count("\\n") == 2:  # no checkpoint since
+        if mark.exists():
+            raise ValueError("no such picture")
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return images.mean((1, 2, 3)) / 255
+""")
+    words = ["--reward", f"{tmp_path}/wrong.py:score", "--output-dir", str(tmp_path / "run"), "--save-every", "2"]
+    assert main(["train", str(recipe), *words, "--cluster", "local"]) == 2
     printed = capsys.readouterr()
+    assert printed.out.count("a worker was lost") == 1
     assert printed.err.startswith("aegpo: ")
-    assert "no such picture" in printed.err
     assert printed.err.count("\n") == 1
+    assert "no such picture" in printed.err
     assert "--resume latest" in printed.err
-    assert "a worker was lost" not in printed.out
-    assert len(metrics(run)) == 2
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1]
 
 
 def test_a_run_that_fails_again_and_again_from_one_checkpoint_ends():
