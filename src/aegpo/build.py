@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ from aegpo.report.analysis import READINGS, SIGNALS, from_one
 from aegpo.report.html import correlation, percent
 from aegpo.rewards.panel import Panel, load_panel
 from aegpo.signals import entropy_curves
+from aegpo.stopping import Stop
 from aegpo.train import seen_whole, train
 from aegpo.types import Prompt
 
@@ -86,6 +88,9 @@ def run(
     team = Team.join()
     if team.is_first:
         _conclude(folder)
+        if (last := checkpoint.last_step(folder)) < config.steps:
+            said = f"step {last} of {config.steps}: {how_to_go_on(folder)}"
+            Console().print(said, highlight=False, markup=False, soft_wrap=True)
     team.wait()
     return folder / "report.html"
 
@@ -143,9 +148,10 @@ def fit(
     if start is not None:
         over = ", the last of its steps: nothing is left to train" if start.name == f"checkpoint-{config.steps}" else ""
         console.print(f"going on from {start}{over}", highlight=False, markup=False, soft_wrap=True)
-    with Display(config.steps, console) as display:
+    words = partial(how_to_go_on, folder)
+    with Display(config.steps, console) as display, Stop(words, quiet=not team.is_first) as stop:
         try:
-            train(config, model, prompts, held_out, reward, folder, display, start, team, saved)
+            train(config, model, prompts, held_out, reward, folder, display, start, team, stop, saved)
         except (ValueError, FloatingPointError) as error:
             if isinstance(error, SaidElsewhere) or not checkpoint.checkpoints(folder):
                 raise
@@ -177,6 +183,13 @@ def _refuse_idle(config: Config, reward: Panel, processes: int) -> None:
         raise ValueError(
             f"{name}_per_step: {most} {name} cannot be shared by {processes} processes{why}; raise it, or start fewer"
         )
+
+
+def how_to_go_on(folder: Path) -> str:
+    """What to say to whoever stopped a run that trains."""
+    if checkpoint.checkpoints(folder):
+        return f"stopped; to go on: {checkpoint.how_to_resume(folder)}"
+    return "stopped before its first checkpoint; start it again with --overwrite"
 
 
 def sample(run: Path, prompt: str, out: Path, seed: int = 0) -> None:
@@ -244,9 +257,9 @@ def evaluate(
     option = prompts and "--prompts"
     held_out = _prompts(config, "eval", option)
     newest = _checkpoints(run)[-1]
-    checkpoint.verify(newest)
     judge = load_panel(replace(config, reward_checks=Checks()))
     _try_out(judge, held_out, named(config.prompts.eval, "eval", option))
+    checkpoint.verify(newest)
     model = load(config.model, config.seed)
     model.prepare([prompt.text for prompt in held_out])
     checkpoint.load_weights(newest, model.trainable)
@@ -280,10 +293,10 @@ def evaluate_by_all(
     if len(held_out) == 1:
         raise ValueError(f"{where} holds one prompt, and intervals over prompts take two at least")
     newest = _checkpoints(run)[-1]
-    checkpoint.verify(newest)
     tried = {name: load_panel(replace(config, reward=name, reward_checks=Checks())) for name in judges}
     for judge in tried.values():
         _try_out(judge, held_out, where)
+    checkpoint.verify(newest)
     model = load(config.model, config.seed)
     model.prepare([prompt.text for prompt in held_out])
     checkpoint.load_weights(newest, model.trainable)

@@ -137,6 +137,11 @@ def step_of(folder: Path) -> int:
     return int(name[1]) if name else -1
 
 
+def last_step(run: Path) -> int:
+    """The training step of the run's newest checkpoint; -1 where it has none."""
+    return max(map(step_of, checkpoints(run)), default=-1)
+
+
 def how_to_resume(run: Path) -> str:
     """The command that goes on from a run's newest checkpoint."""
     typed = sys.argv[0] if Path(sys.argv[0]).name == "aegpo" and shutil.which("aegpo") is None else "aegpo"

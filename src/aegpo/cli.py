@@ -179,7 +179,16 @@ def _train(words: list[str]) -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_how_to_go_on(config, bool(asked.resume))) from None
     if asked.push_to_hub and os.environ.get("RANK", "0") == "0":
-        _push_run(Path(config.output_dir), asked.push_to_hub)
+        _push_if_finished(config, asked.push_to_hub)
+
+
+def _push_if_finished(config: "Config", repo: str) -> None:
+    from aegpo.checkpoint import last_step
+
+    if last_step(Path(config.output_dir)) < config.steps:
+        print(f"not pushed, as the run was stopped; once it has ended: aegpo push {config.output_dir} {repo}")
+    else:
+        _push_run(Path(config.output_dir), repo)
 
 
 def _without(option: str, words: list[str]) -> list[str]:

@@ -32,6 +32,7 @@ from aegpo.optimizer import make_optimizer
 from aegpo.rewards.panel import Inquiry, Panel
 from aegpo.rollout import collect, shared_trunk
 from aegpo.signals import probe, reward_spread
+from aegpo.stopping import Stop
 from aegpo.types import Conditions, Courses, Prompt, Transitions
 
 PARTS = 16  # in which rollouts are drawn, at most, where rewards elsewhere judge one while the next is drawn
@@ -64,6 +65,7 @@ def train(
     display: Display,
     resume: Path | None = None,
     team: Team = ALONE,
+    stop: Stop | None = None,
     saved: Callable[[Path], None] = lambda checkpoint: None,
 ) -> None:
     """Train the policy, writing metrics, samples, checkpoints and weights into the run's folder.
@@ -76,8 +78,9 @@ def train(
         reward: judges images.
         run: the run's folder, which exists.
         display: shows progress.
-        resume: a checkpoint of this run to go on from.
+        resume: a checkpoint of this run to go on from, which `checkpoint.verify` has found whole.
         team: the processes that train it together, of which the first writes.
+        stop: asks for the end of the run; it ends after the step, with its checkpoint and weights.
         saved: is told of each checkpoint once it is written, in the first process.
 
     Raises:
@@ -97,14 +100,21 @@ def train(
     )
     done, began, in_a_row = 0, time.monotonic(), 0
 
+    def averaged() -> Sequence[Tensor] | None:
+        return average.shadow_params if average and average.optimization_step else None
+
+    def put_weights() -> None:
+        with acting(model, averaged()):
+            weights = model.weights()
+            with team.agreed():
+                if team.is_first:
+                    logbook.put(run, partial(model.save, weights=weights))
+
     def record(step: int, metrics: dict[str, Any]) -> None:
         if step in (0, config.steps) or (config.eval_every and step % config.eval_every == 0):
-            with acting(model, average.shadow_params if average and average.optimization_step else None):
+            with acting(model, averaged()):
                 metrics |= evaluate(config, model, held_out, reward, run / "samples" / f"step-{step:06d}.png", team)
-                weights = model.weights()
-                with team.agreed():
-                    if team.is_first:
-                        logbook.put(run, partial(model.save, weights=weights))
+            put_weights()
         if troubles := [
             trouble for met in team.tell([vars(trouble) for trouble in reward.troubles()]) for trouble in met
         ]:
@@ -118,8 +128,8 @@ def train(
 
     def save(step: int) -> None:
         state = {"forwards": team.sum(model.forwards), "seconds": time.monotonic() - began, "remembers": remembers}
-        state["rewards"] = reward.state()
-        state["average_steps"] = average.optimization_step if average else 0
+        state |= {"average_steps": average.optimization_step if average else 0, "rewards": reward.state()}
+        state["not_finite_in_a_row"] = in_a_row
         files = checkpoint.content(model.trainable, optimizer, average, behaviour, memory.tensors())
         with team.agreed():
             if team.is_first:
@@ -128,6 +138,7 @@ def train(
     if resume:
         state, remembered = checkpoint.load(resume, model.trainable, optimizer, average, behaviour)
         done, began = state["step"], began - state["seconds"]
+        in_a_row = state.get("not_finite_in_a_row", 0)
         model.forwards = state["forwards"] if team.is_first else 0  # they are counted together
         if state["remembers"] == remembers:
             memory = Memory.of(remembered)
@@ -137,13 +148,13 @@ def train(
                 checkpoint.drop_after(run, done)
                 logbook.cut(run, done)
     else:
-        seed_others(config.seed, 0)
+        seed_others(config.seed, 0, team.rank)
         record(0, {})
         save(0)
 
     sigmas = model.sigmas(config.sampler.steps, config.sampler.shift)
     for step in range(done, config.steps):
-        seed_others(config.seed, step + 1)
+        seed_others(config.seed, step + 1, team.rank)
         batch = draw(prompts, config.prompts_per_step, config.seed, step)
         texts = [prompt.text for prompt in batch]
         conditions = model.encode(texts)
@@ -196,8 +207,12 @@ def train(
                 f"the gradient was not finite in {in_a_row} steps in a row, whose rows are in {run / logbook.ASIDE}; "
                 f"resume with a lower rate, say --optimizer.lr {learned['lr'] / 10:g}"
             )
-        if step + 1 == config.steps or ((step + 1) % config.save_every == 0 and not in_a_row):
+        stopped = team.any(stop is not None and stop.asked)
+        if stopped or step + 1 == config.steps or ((step + 1) % config.save_every == 0 and not in_a_row):
             save(step + 1)  # one that may be followed by more that are not finite is no good place to go back to
+        if stopped:
+            put_weights()
+            break
 
 
 def seen_whole(config: Config, reward: Panel) -> bool:
@@ -205,9 +220,9 @@ def seen_whole(config: Config, reward: Panel) -> bool:
     return reward.groupwise or (config.optimizer.keep_graphs and config.loss.kind in GROUP_LOSSES)
 
 
-def seed_others(seed: int, step: int) -> None:
+def seed_others(seed: int, step: int, process: int) -> None:
     """Seed the generators of Python, numpy and torch, of which only a user's reward draws: alike in a resumed run."""
-    set_seed(int(np.random.SeedSequence([OTHERS, seed, step]).generate_state(1)[0]))
+    set_seed(int(np.random.SeedSequence([OTHERS, seed, step, process]).generate_state(1)[0]))
 
 
 # ---------------------------------------------------------------- credit
