@@ -175,7 +175,12 @@ def _conclude(folder: Path) -> None:
 
 
 def _refuse_idle(config: Config, reward: Panel, processes: int) -> None:
-    """Refuse more processes than there is work for."""
+    """Refuse more processes than there is work for, and what accelerate was told otherwise."""
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not config.model.shard:
+        raise ValueError(
+            "model.shard: accelerate was told to shard the model, but each process would hold all of it; set "
+            "--model.shard true (FSDP2), or start accelerate without FSDP"
+        )
     whole = seen_whole(config, reward) or config.exploration.branch == "tree" or config.model.shard
     name, most = ("prompts", config.prompts_per_step) if whole else ("rollouts", config.rollouts_per_step)
     if processes > most:

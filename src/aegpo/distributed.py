@@ -230,6 +230,6 @@ def shares(cost: Sequence[float], size: int, group: Sequence[int] | None = None)
         first = min(at + 1, last)  # at least one piece, and
         most = max(first, last - (size - part))  # one for each later part, where there are enough
         goal = before[-1] * part / size
-        at = min(range(first, most + 1), key=lambda i: abs(before[cuts[i]] - goal))
+        at = last if part == size else min(range(first, most + 1), key=lambda i: abs(before[cuts[i]] - goal))
         ends.append(cuts[at])
     return [range(start, end) for start, end in zip([0, *ends], ends, strict=False)]
