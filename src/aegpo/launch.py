@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from threading import Thread
 from types import FrameType
 
+LIFELINE = "AEGPO_LIFELINE"  # the variable that tells a process the file to watch
 GRACE = 10.0  # seconds that processes have to end by themselves once one of them has failed
 
 
@@ -33,12 +35,18 @@ def launch(words: Sequence[str], processes: int) -> int:
     alike |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     alike |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     command = [sys.executable, "-m", "aegpo.cli", *words]
+    theirs, _ours = os.pipe()  # the system closes it when this process ends, however it does
+    alike |= {LIFELINE: str(theirs)}
     started = [
         subprocess.Popen(
-            command, env=os.environ | alike | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True
+            command,
+            env=os.environ | alike | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,
+            pass_fds=[theirs],
         )
         for rank in range(processes)
     ]
+    os.close(theirs)
 
     def hand_on(number: int, _: FrameType | None) -> None:
         for process in started:
@@ -52,6 +60,19 @@ def launch(words: Sequence[str], processes: int) -> int:
             process.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_with_launcher() -> None:
+    """In a process that `launch` started: end when that one does, so that none is left that nobody knows of."""
+    line = os.environ.pop(LIFELINE, None)
+    if line is None:
+        return
+
+    def watch() -> None:
+        os.read(int(line), 1)
+        os._exit(1)
+
+    Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
