@@ -497,23 +497,21 @@ BESIDES = ("base probe", "spread of reward", "evaluations in all", "base probes 
     ids=["guided", "plain", "probed", "matched", "split", "shared", "pairs", "pruned", "grouped"],
 )
 def test_the_dry_run_counts_what_a_step_costs(
-    recipe: dict[str, Any],
-    rows: tuple[int, ...],
-    costs: tuple[int, ...],
-    besides: tuple[int, ...],
-    folder: Path,
-    capsys: pytest.CaptureFixture[str],
+    recipe: dict[str, Any], rows: tuple[int, ...], costs: tuple[int, ...], besides: tuple[int, ...]
 ):
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    assert main(["train", "recipe.yaml", "--dry-run"]) == 0
-    out = capsys.readouterr().out
-    numbers = {
-        line[2:25].strip(): int(line.split()[-1].replace(",", ""))
-        for line in out.splitlines()
-        if line[:1] == "#" and "memory" not in line
-    }
-    expected = (*rows, *costs, *besides)
-    assert numbers == dict(zip((*ROWS, *COSTS, *BESIDES), expected, strict=True))
+    from aegpo.dry_run import arithmetic
+
+    expected = dict(zip((*ROWS, *COSTS, *BESIDES), (*rows, *costs, *besides), strict=True))
+    assert {what: number for what, _, number in arithmetic(resolve(recipe))} == expected
+
+
+def test_the_dry_run_prints_what_it_counts(folder: Path, capsys: pytest.CaptureFixture[str]):
+    from aegpo.dry_run import arithmetic
+
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(GUIDED))
+    printed = dry_run(["recipe.yaml"], capsys)
+    numbers = {what: int(text.split()[-1].replace(",", "")) for what, text in printed.items() if "memory" not in what}
+    assert numbers == {what: number for what, _, number in arithmetic(resolve(GUIDED))}
 
 
 def dry_run(argv: list[str], capsys: pytest.CaptureFixture[str], code: int = 0) -> dict[str, str]:
@@ -555,9 +553,11 @@ def test_a_dry_run_is_refused_where_the_gpu_is_too_small(capsys, monkeypatch: py
 
 
 @pytest.mark.parametrize(("rollouts", "said"), [(64, True), (65, False), (127, False), (128, True)])
-def test_the_dry_run_says_when_a_split_is_none(folder: Path, capsys, rollouts: int, said: bool):
-    assert main(["train", "--algorithm", "aegpo", "--rollouts-per-step", str(rollouts), "--dry-run"]) == 0
-    assert ("all alike: so many leave median_split no choice" in capsys.readouterr().out) == said
+def test_the_dry_run_says_when_a_split_is_none(rollouts: int, said: bool):
+    from aegpo.dry_run import arithmetic
+
+    [(_, about, _), *_] = arithmetic(resolve({"algorithm": "aegpo", "rollouts_per_step": rollouts}))
+    assert ("all alike: so many leave median_split no choice" in about) == said
 
 
 def test_what_the_dry_run_prints_is_a_recipe_of_the_same_run(folder: Path, capsys: pytest.CaptureFixture[str]):

@@ -1,5 +1,6 @@
 """The estimate of memory, against real networks, the published sizes of well-known models, and numbers by hand."""
 
+import functools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +32,11 @@ def settings(folders, name, **more):
     return Model(path=folders[name], **small, **{"dtype": "float32"} | more)
 
 
+outline_of = functools.cache(memory.sizes)  # of folders that stay as they are
+
+
 def fake_kept(chosen, samples):
-    outline = memory.sizes(chosen)
+    outline = outline_of(chosen)
     return memory.kept(outline, memory.trainable(outline, chosen), chosen, samples)
 
 
@@ -75,7 +79,7 @@ def test_under_checkpointing_each_sample_keeps_what_it_really_keeps(name, folder
 @pytest.mark.parametrize("name", ["world", *SMALL])
 def test_parameters_are_counted_as_they_are(name, folders):
     chosen = settings(folders, name)
-    outline, model = memory.sizes(chosen), models.load(chosen)
+    outline, model = outline_of(chosen), models.load(chosen)
     assert memory.count(memory.trainable(outline, chosen)) == memory.count(model.network)
     assert memory.count(outline.pipe.vae) == memory.count(model.pipe.vae)
     real = [part for key, part in model.pipe.components.items() if key.startswith("text_encoder") and part]
@@ -111,7 +115,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_well_known_models_have_their_published_sizes(name):
-    outline = memory.sizes(Model(path=str(CONFIGS / name)))
+    outline = outline_of(Model(path=str(CONFIGS / name)))
     network, vae, encoders = PUBLISHED[name]
     assert memory.count(outline.network) == pytest.approx(network, rel=0.02)
     assert memory.count(outline.pipe.vae) == pytest.approx(vae, rel=0.02)
@@ -122,7 +126,7 @@ def test_well_known_models_have_their_published_sizes(name):
 def test_weights_in_few_bits(how, size):
     """Of FLUX.1-dev all but a few in a hundred stand in linear layers inside blocks."""
     chosen = Model(path=str(CONFIGS / "flux1-dev"), quantize=how)
-    weights = memory._frozen(memory.sizes(chosen), chosen) - 2 * 83_819_683
+    weights = memory._frozen(outline_of(chosen), chosen) - 2 * 83_819_683
     assert weights == pytest.approx(size * 11_901_408_320, rel=0.06)
 
 
@@ -132,7 +136,7 @@ def estimated(folders):
         plain = {"algorithm": "flow-grpo", "sampler": {"guidance": 1.0}}
         chosen = settings(folders, name, **dict(model))
         how = {"optimizer": {"micro_batch": 8, "updates": 1, "ema": 0.0} | more.pop("optimizer", {})}
-        return memory.estimate(resolve_for(chosen, **plain | more | how), memory.sizes(chosen))
+        return memory.estimate(resolve_for(chosen, **plain | more | how), outline_of(chosen))
 
     return of
 
@@ -153,7 +157,7 @@ def test_each_setting_does_to_the_estimate_what_it_does_to_memory(estimated):
 
 
 def test_the_base_stands_beside_weights_that_are_all_trained(estimated, folders):
-    outline = memory.sizes(settings(folders, "sd15"))
+    outline = outline_of(settings(folders, "sd15"))
     network, vae = memory.count(outline.network), memory.count(outline.pipe.vae)
     full = estimated("sd15", {"train": "full"})
     assert (full["trained"], full["optimizer"]) == (4 * network, 12 * network)
