@@ -85,10 +85,14 @@ def metrics(run, without=("seconds",)):
             "exploration": {"k": 2, "until": 3},
             "sampler": {"steps": 10},
         },
-        {"algorithm": "aegpo-paper", "allocation": {"low": 3, "high": 7}, "exploration": {"k": 2}},
+        {
+            "algorithm": "aegpo-paper",
+            "allocation": {"low": 3, "high": 7},
+            "exploration": {"rule": "delta_entropy_peaks", "k": 2},
+            "sampler": {"guidance": 2.0},
+        },
         {"algorithm": "flow-grpo"},
         {"model": {"train": "full"}, "optimizer": {"ema": 0.5, "ema_every": 1}},
-        {"exploration": {"rule": "delta_entropy_peaks"}, "sampler": {"guidance": 2.0}},
         {"sampler": {"kind": "ode"}, "loss": {"kl": 0.3}, "exploration": {"rule": "entropy_peaks", "k": 2}},
         {
             "sampler": {"kind": "cps", "shared_noise": True},
@@ -103,17 +107,31 @@ def metrics(run, without=("seconds",)):
             "prompts": {"train": FEW},
         },
     ],
-    ids=["aegpo", "aegpo-paper", "flow-grpo", "full-ema", "guided", "matching", "rewards-decide", "smoothed"],
+    ids=["aegpo", "guided-paper", "flow-grpo", "full-ema", "matching", "rewards-decide", "smoothed"],
 )
-def test_two_runs_are_the_same_to_the_bit_and_so_is_one_that_was_resumed(tmp_path, changes):
-    build.fit(config(tmp_path, "one", **changes))
-    build.fit(config(tmp_path, "cut", **changes, steps=2))
-    assert metrics(tmp_path / "one")[1] == metrics(tmp_path / "cut")[1]
-    build.fit(config(tmp_path, "cut", **changes), resume=str(tmp_path / "cut" / "checkpoint-1"))
-    assert metrics(tmp_path / "one") == metrics(tmp_path / "cut")
-    one, cut = (tmp_path / name / "checkpoint-3" for name in ("one", "cut"))
+def test_a_run_that_was_resumed_is_the_same_to_the_bit(tmp_path, changes):
+    """From the first checkpoint of a copy that was stopped in its third step."""
+    build.fit(config(tmp_path, "one", **changes, checkpoints_total_limit=9))
+    one, cut = tmp_path / "one", tmp_path / "cut"
+    shutil.copytree(one, cut, ignore=shutil.ignore_patterns("checkpoint-[23]"))
+    lines = (one / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (cut / "metrics.jsonl").write_text("".join(lines[:3]))
+    build.fit(config(tmp_path, "cut", **changes), resume=str(cut / "checkpoint-1"))
+    assert metrics(one) == metrics(cut)
+    for file in sorted(p.name for p in (one / "checkpoint-3").glob("*.safetensors")):
+        assert (one / "checkpoint-3" / file).read_bytes() == (cut / "checkpoint-3" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"sampler": {"kind": "ode"}, "model": {"train": "full"}}], ids=["sampled", "matching-full"]
+)
+def test_two_runs_are_the_same_to_the_bit(tmp_path, changes):
+    for name in ("one", "two"):
+        build.fit(config(tmp_path, name, **changes, steps=1, reward=brightness(tmp_path)))
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+    one, two = (tmp_path / name / "checkpoint-1" for name in ("one", "two"))
     for file in sorted(p.name for p in one.glob("*.safetensors")):
-        assert (one / file).read_bytes() == (cut / file).read_bytes(), file
+        assert (one / file).read_bytes() == (two / file).read_bytes(), file
 
 
 def test_another_seed_is_another_run(tmp_path):
