@@ -11,7 +11,7 @@ demo: $(INSTALLED)
 	$(BIN)/aegpo train --output-dir runs/demo --overwrite
 
 test: $(INSTALLED_DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 lint: $(INSTALLED_DEV)
 	$(BIN)/ruff check
