@@ -2,8 +2,8 @@
 
 python benchmarks/chaos.py [--kills N] [--steps N] [--processes N] [--json FILE]
 
-A small run of the embedded model is killed by SIGKILL, processes and all, and resumed from its latest checkpoint, until it
-was killed so often; then it may end. Kills are aimed in turn: at any moment from the start on, as soon as a checkpoint
+A small run of the embedded model is killed by SIGKILL, processes and all, and resumed from its latest checkpoint, until
+it was killed so often; then it may end. Kills are aimed in turn: at any moment from the start on, as soon as a checkpoint
 is being written, as soon as a line of metrics is, and while the run goes back to its checkpoint. Metrics (but for
 `seconds`) and the last checkpoint's tensors have to be those of the undisturbed run, bit for bit.
 """
@@ -12,12 +12,12 @@ import argparse
 import json
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,8 @@ def kill(process: psutil.Popen) -> None:
     """SIGKILL to it and all that it started, of which none is left on return."""
     family = [*process.children(recursive=True), process]
     for one in family:
-        try:
+        with suppress(psutil.NoSuchProcess):
             one.kill()
-        except psutil.NoSuchProcess:
-            pass
     psutil.wait_procs(family)
 
 

@@ -13,7 +13,7 @@ from aegpo.config import Config, dump_yaml, load_yaml, merge, resolve, reward_la
 COUNTS = st.integers(1, 10**6)
 POSITIVE = st.floats(1e-30, 1e30)
 FRACTIONS = st.floats(0, 1, exclude_max=True)
-TEXT = st.text(st.characters(blacklist_categories=["Cs"]))
+TEXT = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\0"))
 CHOICES = st.fixed_dictionaries(
     {},
     optional={

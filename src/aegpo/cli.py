@@ -173,6 +173,9 @@ def _train(words: list[str]) -> None:
             how |= {"processes": asked.processes, "reward_actors": asked.reward_actors or 0, "storage": asked.storage}
             _ray().run(config, asked.cluster, **how)
         else:
+            from aegpo.launch import end_with_launcher
+
+            end_with_launcher()
             from aegpo.build import run
 
             run(config, **how)
