@@ -54,14 +54,14 @@ def numbers(run):
     return [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(run)]
 
 
-def test_the_first_signal_ends_the_run_after_its_step_and_it_goes_on_from_there(words, tmp_path, capsys):
+def test_the_first_signal_ends_the_run_after_its_step_and_it_goes_on_from_there(words, tmp_path, capfd):
     """It comes while step 2 is judged: the calls before are two trials, an evaluation and step 1."""
     before = [signal.getsignal(one) for one in HANDLED]
     signals = "def score(images, prompts):\n    calls.append(1)\n"
     signals += "    if len(calls) == 5: os.kill(os.getpid(), signal.SIGINT)"
     run = tmp_path / "run"
     assert main(words(signals, "run")) == 0
-    said = capsys.readouterr()
+    said = capfd.readouterr()
     assert said.err == "aegpo: stopping after this step; once more stops at once\n"
     resume = f"aegpo train --resume latest --output-dir {run}"
     assert said.out.endswith(f"report: {run}/report.html\nstep 2 of 4: stopped; to go on: {resume}\n")
@@ -76,7 +76,7 @@ def test_the_first_signal_ends_the_run_after_its_step_and_it_goes_on_from_there(
 
     assert main(words("def score(images, prompts):", "whole")) == 0
     assert main(resume.split()[1:]) == 0
-    assert "stopped" not in capsys.readouterr().out
+    assert "stopped" not in capfd.readouterr().out
     assert numbers(run) == numbers(tmp_path / "whole")
     for name in ("weights", "average", "optimizer", "memory"):
         one, other = (tmp_path / folder / "checkpoint-4" / f"{name}.safetensors" for folder in ("run", "whole"))
@@ -130,7 +130,7 @@ def test_the_second_signal_ends_the_process_at_once_whatever_it_is_at(busy, numb
     assert process.returncode == code
 
 
-def test_before_the_training_and_after_it_signals_are_as_they_were(capsys):
+def test_before_the_training_and_after_it_signals_are_as_they_were(capfd):
     with pytest.raises(KeyboardInterrupt), Stop():
         raise KeyboardInterrupt
     seen = []

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
@@ -40,6 +41,7 @@ from aegpo.data import load_prompts, named
 from aegpo.display import Display, bar
 from aegpo.distributed import SaidElsewhere, Team
 from aegpo.evaluation import evaluate as evaluate_policy
+from aegpo.logbook import ASIDE
 from aegpo.models import Denoiser, absent, compute_dtype, family_name, load, load_pipeline, memory
 from aegpo.models.comfyui import for_comfyui
 from aegpo.models.lora import read_lora
@@ -55,7 +57,7 @@ from aegpo.types import Prompt
 VIDEOS = (".gif", ".webp", ".png")  # that Pillow animates
 RUN_FILES = (
     *("config.yaml", "env.json", "metrics.jsonl", "report.html", "README.md", "samples"),
-    *("analysis", "eval", ".fetched", "not-finite", ".lock"),
+    *("analysis", "eval", ".fetched", ASIDE, disk.LOCK),
     *("checkpoint-*", ".checkpoint-*", ".weights", "pytorch_lora_weights.safetensors", ".*.partial"),
     *("model_index.json", "scheduler", "transformer", "unet", "vae", "text_encoder*", "tokenizer*"),
 )
@@ -87,7 +89,8 @@ def run(
     folder = fit(config, resume=resume, overwrite=overwrite, judges=judges, saved=saved)
     team = Team.join()
     if team.is_first:
-        _conclude(folder)
+        with _said_of_the_disk(folder):
+            _conclude(folder)
         if (last := checkpoint.last_step(folder)) < config.steps:
             said = f"step {last} of {config.steps}: {how_to_go_on(folder)}"
             Console().print(said, highlight=False, markup=False, soft_wrap=True)
@@ -104,13 +107,29 @@ def fit(
     saved: Callable[[Path], None] = lambda checkpoint: None,
 ) -> Path:
     """What `run` does but for the card and the report, which tell of what stands in the folder then: the path of it."""
+    with ExitStack() as held:
+        return _fit(config, held, resume, overwrite, judges, saved)
+
+
+def _fit(
+    config: Config,
+    held: ExitStack,
+    resume: str | None,
+    overwrite: bool,
+    judges: Panel | None,
+    saved: Callable[[Path], None],
+) -> Path:
     folder, team = Path(config.output_dir), Team.join()
     console = Console(quiet=not team.is_first)
     with team.agreed():
-        start = _resume_point(folder, resume, console) if resume else None
-        if start is None:
+        if not resume:
             refuse_existing(folder, overwrite)
-        else:
+        disk.refuse_unwritable(folder)
+        locked = team.is_first and (folder / "config.yaml").is_file()
+        if locked:
+            held.enter_context(disk.alone_in(folder))
+        start = _resume_point(folder, resume, console) if resume else None
+        if start is not None:
             _refuse_another_course(start, config)
         prompts, held_out = _prompts(config, "train"), _prompts(config, "eval")
         if len(prompts) < config.prompts_per_step:
@@ -133,11 +152,14 @@ def fit(
         if start is not None:
             checkpoint.refuse_others(start, model.trainable)
             _check_memory(start, config)
-    with team.agreed():
+    with team.agreed(), _said_of_the_disk(folder):
         if team.is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not locked:
+                held.enter_context(disk.alone_in(folder))
+                refuse_existing(folder, overwrite)  # another run may have begun there meanwhile
             if start is None:
                 _clear(folder)
-            folder.mkdir(parents=True, exist_ok=True)
             disk.write(folder / "config.yaml", dump_yaml(config).encode())
             disk.write(folder / "env.json", json.dumps(about, indent=1).encode())
 
@@ -151,7 +173,8 @@ def fit(
     words = partial(how_to_go_on, folder)
     with Display(config.steps, console) as display, Stop(words, quiet=not team.is_first) as stop:
         try:
-            train(config, model, prompts, held_out, reward, folder, display, start, team, stop, saved)
+            with _said_of_the_disk(folder):
+                train(config, model, prompts, held_out, reward, folder, display, start, team, stop, saved)
         except (ValueError, FloatingPointError) as error:
             if isinstance(error, SaidElsewhere) or not checkpoint.checkpoints(folder):
                 raise
@@ -159,6 +182,23 @@ def fit(
                 f"{error}; to go on from the newest checkpoint: {checkpoint.how_to_resume(folder)}"
             ) from error
     return folder
+
+
+@contextmanager
+def _said_of_the_disk(folder: Path) -> Iterator[None]:
+    """Say in a line what keeps a run from being written, and how it goes on."""
+    try:
+        yield
+    except OSError as error:
+        elsewhere = error.filename and not Path(error.filename).absolute().is_relative_to(folder.absolute())
+        if error.errno not in disk.REFUSALS or elsewhere:
+            raise
+        again = (
+            ""
+            if checkpoint.checkpoints(folder)
+            else "; start it again with --overwrite once it can, or give another --output-dir"
+        )
+        raise ValueError(f"output_dir: {folder} cannot be written to: {os.strerror(error.errno)}{again}") from error
 
 
 def _conclude(folder: Path) -> None:
@@ -485,11 +525,12 @@ def refuse_existing(folder: Path, overwrite: bool) -> None:
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
         raise ValueError(f"output_dir: {there} is not a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    names = [item.name for item in folder.iterdir()] if folder.exists() else []
+    if all(name.startswith(".") and is_a_runs(name) for name in names):  # none, or what a run killed at once leaves
         return
     if not overwrite:
         raise ValueError(f"output_dir: {folder} exists; give --overwrite, --resume latest, or another --output-dir")
-    others = [item.name for item in folder.iterdir() if not is_a_runs(item.name)]
+    others = [name for name in names if not is_a_runs(name)]
     if others or not (folder / "config.yaml").exists():
         what = f"holds {others[0]}, which is not a run's" if others else "is not a run's folder"
         raise ValueError(f"output_dir: {folder} {what}; it is not overwritten")
@@ -504,7 +545,7 @@ def _clear(folder: Path) -> None:
     """Delete a run: first its checkpoints and last its config, so that what a kill leaves is known for a run's."""
     for old in reversed(checkpoint.checkpoints(folder)):
         disk.delete(old)
-    items = list(folder.iterdir()) if folder.exists() else []
+    items = [item for item in folder.iterdir() if item.name != disk.LOCK]
     for item in sorted(items, key=lambda item: item.name == "config.yaml"):
         shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
 

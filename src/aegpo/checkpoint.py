@@ -61,8 +61,9 @@ def save(
     sweep(run)
     aside.mkdir()
     try:
-        for name, tensors in files.items():
-            save_file(tensors, aside / name)
+        with disk.writing(final):
+            for name, tensors in files.items():
+                save_file(tensors, aside / name)
         (aside / "state.json").write_text(json.dumps({"step": step, **counters}))
         digests = {file.name: _digest(file) for file in sorted(aside.iterdir())}
         (aside / "manifest.json").write_text(json.dumps(digests, indent=1))

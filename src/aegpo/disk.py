@@ -5,10 +5,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 LOCK = ".lock"  # in a run's folder: held by the process that writes there, and let go by the system when that ends
 REFUSALS = {
@@ -37,14 +38,15 @@ def write(file: Path, content: bytes) -> None:
 
 def append(file: Path, line: str) -> None:
     """Add a line to a file; where the disk takes but a part of it, none is left."""
-    with file.open("ab") as opened:
-        before = opened.tell()
+    with file.open("ab", buffering=0) as opened:  # or closing it would try the rest again
+        before, left = opened.tell(), line.encode() + b"\n"
         try:
-            opened.write(line.encode() + b"\n")
-            opened.flush()
+            while left:
+                left = left[opened.write(left) :]
             os.fsync(opened.fileno())
         except OSError:
-            os.truncate(file, before)
+            with suppress(OSError):
+                opened.truncate(before)
             raise
     if not before:
         sync(file.parent)
@@ -94,21 +96,21 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def refuse_unwritable(folder: Path) -> None:
-    """Raise ValueError where a folder, or the one that it is to be made in, can be seen to take no file."""
+    """Raise ValueError where a folder, or the one that it is to be made in, takes no file."""
     there = folder
     while not there.exists() and there != there.parent:
         there = there.parent
-    if not there.is_dir():
-        raise ValueError(f"output_dir: {there} is a file, and a run is a folder; give another --output-dir")
     if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"output_dir: {there} may not be written to; make it writable, or give another --output-dir")
 
 
-def refusal(error: Exception) -> str:
-    """What a disk or a folder has against being written to, in the system's words; empty for any other error.
-
-    What safetensors raises is no OSError, but its text ends with the system's number.
-    """
-    number = re.search(r"\(os error (\d+)\)", str(error))
-    code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
-    return os.strerror(code) if code in REFUSALS else ""
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What safetensors says of a disk that takes no more becomes the OSError that it is, of this path."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if not number:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error

@@ -41,7 +41,8 @@ def put(run: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     try:
-        write(aside)
+        with disk.writing(aside):
+            write(aside)
         disk.sync_all(aside)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -72,7 +73,8 @@ def keep_aside(run: Path, step: int, process: int, prompts: Sequence[str], numbe
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in vars(rows).items()}
     file = folder / f"step-{step:06d}-update-{number}-process-{process}.safetensors"
-    save_file(tensors, file, metadata={"prompts": json.dumps(list(prompts))})
+    with disk.writing(file):
+        save_file(tensors, file, metadata={"prompts": json.dumps(list(prompts))})
 
 
 def fingerprint(*settings: Any) -> str:
