@@ -3,8 +3,8 @@
 python benchmarks/chaos.py [--kills N] [--steps N] [--processes N] [--json FILE]
 
 A small run of the embedded model is killed by SIGKILL, processes and all, and resumed from its latest checkpoint, until
-it was killed so often; then it may end. Kills are aimed in turn: at any moment from the start on, as soon as a checkpoint
-is being written, as soon as a line of metrics is, and while the run goes back to its checkpoint. Metrics (but for
+it was killed so often; then it may end. Kills are aimed in turn: at any moment from the start on, as soon as a
+checkpoint is being written, as soon as a line of metrics is, and while the run goes back. Metrics (but for
 `seconds`) and the last checkpoint's tensors have to be those of the undisturbed run, bit for bit.
 """
 
