@@ -115,10 +115,9 @@ def train(
             with acting(model, averaged()):
                 metrics |= evaluate(config, model, held_out, reward, run / "samples" / f"step-{step:06d}.png", team)
             put_weights()
-        if troubles := [
-            trouble for met in team.tell([vars(trouble) for trouble in reward.troubles()]) for trouble in met
-        ]:
-            metrics["reward_troubles"] = troubles
+        met = team.tell([vars(trouble) for trouble in reward.troubles()])
+        if any(met):
+            metrics["reward_troubles"] = [trouble for own in met for trouble in own]
         forwards = team.sum(model.forwards)
         metrics = {"step": step, "seconds": time.monotonic() - began, "forwards": forwards, **metrics}
         with team.agreed():
