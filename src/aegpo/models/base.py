@@ -299,14 +299,20 @@ class Denoiser:
         state = self._policy.state_dict()
         return {name: whole(tensor) for name, tensor in state.items() if names is None or name in names}
 
-    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """`pytorch_lora_weights.safetensors` in diffusers' layout, or the whole pipeline if all weights are trained."""
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """`pytorch_lora_weights.safetensors` in diffusers' layout, or the whole pipeline if all weights are trained.
+
+        Args:
+            folder: to write to.
+            weights: what `weights` gave, where all processes had to be asked for it; by default, it is asked here.
+        """
+        given = self.weights() if weights is None else weights
         if not self.is_lora:
-            self._policy.state_dict = lambda: weights  # which diffusers asks for, and a sharded one knows in part
+            self._policy.state_dict = lambda: given  # which diffusers asks for, and a sharded one knows in part
             self.pipe.save_pretrained(folder)
             del self._policy.state_dict
             return
-        weights, settings = lora.lora_weights(self._policy, weights)
+        weights, settings = lora.lora_weights(self._policy, given)
         part = self.family.part
         self.pipe.save_lora_weights(
             folder, **{f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": settings}
