@@ -88,12 +88,12 @@ def run(
     """
     folder = fit(config, resume=resume, overwrite=overwrite, judges=judges, saved=saved)
     team = Team.join()
-    if team.is_first:
-        with _said_of_the_disk(folder):
+    with team.agreed(), _said_of_the_disk(folder):
+        if team.is_first:
             _conclude(folder)
-        if (last := checkpoint.last_step(folder)) < config.steps:
-            said = f"step {last} of {config.steps}: {how_to_go_on(folder)}"
-            Console().print(said, highlight=False, markup=False, soft_wrap=True)
+    if team.is_first and (last := checkpoint.last_step(folder)) < config.steps:
+        said = f"step {last} of {config.steps}: {how_to_go_on(folder)}"
+        Console().print(said, highlight=False, markup=False, soft_wrap=True)
     team.wait()
     return folder / "report.html"
 

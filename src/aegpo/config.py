@@ -464,7 +464,8 @@ def ratio_tolerance(config: Config) -> float:
     how = config.optimizer
     if config.loss.kind not in ("clip", *NOISY_LOSSES) or how.keep_graphs or how.behaviour or how.recompute is False:
         return math.inf
-    return 0.0 if how.recompute else min(config.loss.clip_low, config.loss.clip_high) / 10
+    always = how.recompute or config.model.shard  # whose processes take as many evaluations as each other
+    return 0.0 if always else min(config.loss.clip_low, config.loss.clip_high) / 10
 
 
 def needs_spread(config: Config) -> bool:

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+PATIENCE = timedelta(hours=2)  # that processes wait for one that, say, waits for a slow reward
 BUCKET = 2**24  # numbers that are added up over the processes in one message
 
 
@@ -47,7 +49,7 @@ class Team:
 
         if not dist.is_initialized():
             atexit.register(dist.destroy_process_group)
-        state = PartialState(cpu=not torch.cuda.is_available())
+        state = PartialState(cpu=not torch.cuda.is_available(), timeout=PATIENCE)
         return cls(state.process_index, state.num_processes, state.device or "cpu")
 
     def share(self, count: int) -> range:
@@ -112,7 +114,7 @@ class Team:
         wrong: Exception | None = None
         try:
             yield
-        except (ValueError, OSError, FloatingPointError) as error:
+        except Exception as error:  # whatever it is, the others would wait for ever
             if self.size == 1:
                 raise
             wrong = error

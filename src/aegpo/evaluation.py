@@ -51,7 +51,9 @@ def evaluate(
     if grid:
         shown = evenly_spaced(len(held_out), SHOWN) * config.eval_images
         mine = shown[(shown >= first) & (shown < first + len(images))]
-        pictures = team.gather(torch.from_numpy(stills(images[mine - first])))
+        own = stills(images[mine - first])
+        shape = next(shape for count, shape in team.tell([len(images), own.shape[1:]]) if count)  # some drew none
+        pictures = team.gather(torch.from_numpy(own.reshape(-1, *shape)))
         with team.agreed():
             if team.is_first:
                 passed = None if judged.passed is None else judged.passed[shown].tolist()

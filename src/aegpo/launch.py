@@ -35,18 +35,9 @@ def launch(words: Sequence[str], processes: int) -> int:
     alike |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     alike |= {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
     command = [sys.executable, "-m", "aegpo.cli", *words]
-    theirs, _ours = os.pipe()  # the system closes it when this process ends, however it does
+    theirs, ours = os.pipe()  # the system closes it when this process ends, however it does
     alike |= {LIFELINE: str(theirs)}
-    started = [
-        subprocess.Popen(
-            command,
-            env=os.environ | alike | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            start_new_session=True,
-            pass_fds=[theirs],
-        )
-        for rank in range(processes)
-    ]
-    os.close(theirs)
+    started: list[subprocess.Popen[bytes]] = []
 
     def hand_on(number: int, _: FrameType | None) -> None:
         for process in started:
@@ -54,10 +45,15 @@ def launch(words: Sequence[str], processes: int) -> int:
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        for rank in range(processes):
+            own = os.environ | alike | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(subprocess.Popen(command, env=own, start_new_session=True, pass_fds=[theirs]))
+        os.close(theirs)
         return _wait(started)
     finally:
         for process in started:
             process.kill()
+        os.close(ours)
         for number, handler in before.items():
             signal.signal(number, handler)
 

@@ -70,7 +70,7 @@ def keep_aside(run: Path, step: int, process: int, prompts: Sequence[str], numbe
         rows: m of them.
     """
     folder = run / ASIDE
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # it may be on another machine than the run's
     tensors = {name: tensor.contiguous() for name, tensor in vars(rows).items()}
     file = folder / f"step-{step:06d}-update-{number}-process-{process}.safetensors"
     with disk.writing(file):

@@ -116,7 +116,7 @@ def predict_again(
         How many rows that were.
     """
     sigmas = model.sigmas(config.sampler.steps, config.sampler.shift)
-    for micro in micros:
+    for micro in model.even(micros):
         part = rows[micro]
         sigma = sigmas[part.step].to(part.x)
         rows.velocity[micro] = model.predict(part.x, sigma, conditions, part.prompt, config.sampler.guidance)

@@ -432,7 +432,8 @@ def _train(job: Job, team: Team, step: int, before: int) -> None:
     """Train, or go on from the last checkpoint if `step` is that of one."""
     folder, place = Path(job.config.output_dir), Storage(job.storage) if job.storage else None
     resume = "latest" if step >= 0 else job.resume
-    own: Any = ray.get(job.notes.is_own.remote(ray.get_runtime_context().get_node_id(), before))
+    machine = ray.get_runtime_context().get_node_id() if place else "all"  # which then share the folder
+    own: Any = ray.get(job.notes.is_own.remote(machine, before))
     if place and resume:
         for turn in (team.is_first, ray.train.get_context().get_local_rank() == 0):  # others may share the first's disk
             with team.agreed():

@@ -171,7 +171,8 @@ def collect(
     else:
         unit = rollout * sampler.steps + at if sampler.kind == "ode" else at * len(names) + rollout
     transitions = replace(transitions, rollout=rollout, unit=unit)
-    return Rollouts(np.concatenate(images), plan.group, every, transitions, tuple(kept))
+    drawn = np.concatenate(images) if images else np.zeros((0, 1, 1, 3), np.uint8)
+    return Rollouts(drawn, plan.group, every, transitions, tuple(kept))
 
 
 def _cost(courses: Courses, leaves: Tensor, config: Config) -> Tensor:

@@ -7,6 +7,7 @@ in the midst of it leaves what can be gone on from.
 import posixpath
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from fsspec.core import url_to_fs
@@ -74,7 +75,8 @@ class Storage:
         for name in there:
             top = name.partition("/")[0]
             if name not in own and checkpoint.step_of(Path(top)) < 0 and is_a_runs(top.removesuffix(".partial")):
-                self.fs.rm_file(self._at(name))
+                with suppress(FileNotFoundError):  # what was half sent was sent again, and moved
+                    self.fs.rm_file(self._at(name))
 
     def get(self, folder: Path) -> None:
         """Make the run's folder as this place is; what else it holds of that run is gone then.

@@ -115,9 +115,8 @@ def train(
             with acting(model, averaged()):
                 metrics |= evaluate(config, model, held_out, reward, run / "samples" / f"step-{step:06d}.png", team)
             put_weights()
-        met = team.tell([vars(trouble) for trouble in reward.troubles()])
-        if any(met):
-            metrics["reward_troubles"] = [trouble for own in met for trouble in own]
+        if met := [trouble for own in team.tell([vars(one) for one in reward.troubles()]) for trouble in own]:
+            metrics["reward_troubles"] = added_up(met)
         forwards = team.sum(model.forwards)
         metrics = {"step": step, "seconds": time.monotonic() - began, "forwards": forwards, **metrics}
         with team.agreed():
@@ -201,7 +200,7 @@ def train(
         about = {"prompts": texts, "rollouts": len(rollouts.group)}
         record(step + 1, about | logbook.describe(plan, rollouts, signals, verdict, advantage) | learned)
         in_a_row = in_a_row + 1 if learned["dropped_updates"] else 0
-        if in_a_row == config.optimizer.give_up_after:
+        if in_a_row >= config.optimizer.give_up_after:
             raise FloatingPointError(
                 f"the gradient was not finite in {in_a_row} steps in a row, whose rows are in {run / logbook.ASIDE}; "
                 f"resume with a lower rate, say --optimizer.lr {learned['lr'] / 10:g}"
@@ -217,6 +216,15 @@ def train(
 def seen_whole(config: Config, reward: Panel) -> bool:
     """Whether one process has to draw all rollouts of a prompt: a reward compares them, or the loss in their graphs."""
     return reward.groupwise or (config.optimizer.keep_graphs and config.loss.kind in GROUP_LOSSES)
+
+
+def added_up(troubles: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Troubles of several calls and processes, one for each reward and kind, of the images of all."""
+    kinds: dict[tuple[str, str], dict[str, Any]] = {}
+    for trouble in troubles:
+        first = kinds.setdefault((trouble["reward"], trouble["kind"]), trouble | {"images": 0})
+        first["images"] += trouble["images"]
+    return list(kinds.values())
 
 
 def seed_others(seed: int, step: int, process: int) -> None:
@@ -326,12 +334,14 @@ def update(
         pull_back(kept, slope, rows.graph)
         if number == 0 and len(dealt) > 1 and team.any(again):
             recomputed = predict_again(config, model, rows, conditions, [m for later in dealt[1:] for m in later])
+        found = gradients(model)
         if not model.is_sharded:  # whose gradients were added up on the way
-            team.add_up(gradients(model))
+            team.add_up(found)
         norm = whole(nn.utils.clip_grad_norm_(model.trainable.values(), config.optimizer.max_grad_norm))
         if team.any(not (norm.isfinite() & summed.isfinite())):
             dropped += 1
-            spoilt(number, rows[torch.cat([rows.unit.new_zeros(0), *micros])])
+            with team.agreed():
+                spoilt(number, rows[torch.cat([rows.unit.new_zeros(0), *micros])])
             continue
         grad_norms.append(norm.item())
         optimizer.step()

@@ -34,6 +34,12 @@ RUNS = {
     "uneven-full": {"algorithm": "aegpo", "exploration": RULES, "model": {"train": "full"}, "optimizer": {"ema": 0.5}},
     "uniform": {"algorithm": "flow-grpo"},
     "uniform-full": {"algorithm": "flow-grpo", "model": {"train": "full"}},
+    "behaviour": {
+        "algorithm": "diffusion-nft",
+        "exploration": {"k": 2},
+        "model": {"train": "full"},
+        "optimizer": {"behaviour": 0.9, "behaviour_ramp": 0.9, "lr": 1e-4, "ema": 0.5, "ema_every": 1},
+    },
     "tree": {"algorithm": "branch-grpo", "exploration": {"k": 2}},
     "spread": {
         "algorithm": "aegpo",
@@ -42,7 +48,7 @@ RUNS = {
         "sampler": {"kind": "cps", "shared_noise": True},
     },
     "kept": {"algorithm": "aegpo-fast", "exploration": {"k": 2}, "optimizer": {"updates": 1}},
-    "groups": {"algorithm": "dgpo", "exploration": {"k": 2}},
+    "groups": {"algorithm": "dgpo", "exploration": {"k": 2}, "prompts": "one"},
     "ranked": {"algorithm": "flow-grpo", "reward": "ranked", "reward_checks": {"failed": "drop"}},
 }
 RANKED = """
@@ -80,8 +86,10 @@ def together(folder, jobs, processes=2):
 def settings(folder, name, changes):
     from aegpo.algorithms import merge
 
-    own = {"prompts": {"train": str(folder / "train.txt"), "eval": str(folder / "eval.jsonl")}}
+    held_out = "one.jsonl" if changes.get("prompts") else "eval.jsonl"
+    own = {"prompts": {"train": str(folder / "train.txt"), "eval": str(folder / held_out)}}
     own |= {"reward": f"{folder / 'rewards.py'}:score" if changes.get("reward") else "world"}
+    changes = {key: value for key, value in changes.items() if key != "prompts"}
     laid = merge({"algorithm": changes["algorithm"]}, SMALL, changes, own, {"output_dir": str(folder / name)})
     return laid
 
@@ -91,11 +99,12 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     (folder / "train.txt").write_text("a red circle\ntwo squares\na ring below a cross\n")
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in world.held_out()[::48]))
+    (folder / "one.jsonl").write_text(json.dumps(world.held_out()[0]) + "\n")  # fewer than there are processes
     (folder / "rewards.py").write_text(RANKED)
     return folder
 
 
-SHARDED = {"sharded": "uneven", "sharded-full": "uneven-full"}
+SHARDED = {"sharded": "uneven", "sharded-groups": "groups", "sharded-full": "behaviour"}
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +146,8 @@ def test_two_processes_are_the_same_run_as_one(runs, name, plain):
     one, two = lines(runs / f"{plain}-1"), lines(runs / f"{name}-2")
     if name == "resumed":  # after a first step that was its last, and so was followed by an evaluation
         one, two = ([{key: value for key, value in rows[-1].items() if key != "forwards"}] for rows in (one, two))
+    if name in SHARDED:  # which takes ratios anew in any case, a forward a row of later updates
+        one, two = ([row | {"forwards": None, "recomputed": None} for row in rows] for rows in (one, two))
     (x, rest), (y, rest_of_two) = numbers(one), numbers(two)
     assert rest == rest_of_two  # whole numbers and texts: allocation, explored steps, rows, forwards, prompts
     assert len(x) > 10
@@ -145,7 +156,7 @@ def test_two_processes_are_the_same_run_as_one(runs, name, plain):
     before = load_file(runs / f"{name}-2" / "checkpoint-1" / "weights.safetensors")
     assert weights[0].keys() == weights[1].keys() == before.keys()
     assert all((weights[0][key] - weights[1][key]).abs().max() <= 1e-5 for key in before)
-    assert any((weights[1][key] - before[key]).abs().max() > 1e-4 for key in before)
+    assert any((weights[1][key] - before[key]).abs().max() > 5e-5 for key in before)
 
 
 def test_what_differs_is_rounding_and_leans_to_no_side(runs):

@@ -283,7 +283,7 @@ def dpo(error_w: Tensor, error_w_ref: Tensor, error_l: Tensor, error_l_ref: Tens
 def _mean_square(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared difference over all dimensions but the first, (n,)."""
     assert a.shape == b.shape
-    return (a - b).square().reshape(len(a), -1).mean(1)
+    return (a - b).square().flatten(1).mean(1)
 
 
 def _with_target(v: Tensor, x_t: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,5 +295,5 @@ def _with_target(v: Tensor, x_t: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor,
 
 def _self_normalised(error: Tensor) -> Tensor:
     """Mean square of each row over its own mean size, (n,); the size is a constant, and at least 1e-5."""
-    error = error.reshape(len(error), -1)
+    error = error.flatten(1)
     return error.square().mean(1) / error.detach().abs().mean(1).clamp(min=1e-5)

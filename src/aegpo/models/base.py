@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -144,7 +145,7 @@ class Denoiser:
         mesh = init_device_mesh(self.device.type, (dist.get_world_size(),))
         for network in (self._policy, self._base):
             for part in (*repeated(network).values(), network) if network is not None else ():
-                sharded = fully_shard(part, mesh=mesh)
+                sharded = fully_shard(part, mesh=mesh, reshard_after_forward=True)  # or other weights were not seen
                 sharded.set_gradient_divide_factor(1.0)  # a sum, no mean: how many rows each has differs
                 sharded.set_force_sum_reduction_for_comms(True)
         self.trainable = _trained(self._policy)
@@ -194,12 +195,12 @@ class Denoiser:
 
         A sharded network's evaluations are of all processes together, so each takes as many.
         """
-        yield from batches
+        most = torch.tensor(len(batches), device=self.device)
         if self.is_sharded:
-            most = torch.tensor(len(batches), device=self.device)
             dist.all_reduce(most, dist.ReduceOp.MAX)
-            for _ in range(int(most) - len(batches)):
-                yield torch.zeros(0, *(batches[0].shape[1:] if batches else ()), dtype=torch.int64)
+        yield from batches
+        for _ in range(int(most) - len(batches)):
+            yield torch.zeros(0, *(batches[0].shape[1:] if batches else ()), dtype=torch.int64)
 
     def sigmas(self, steps: int, shift: float | None = None) -> Tensor:
         """A noise schedule, float64 (steps + 1,), falling to 0: the pipeline's own, or that of a shift.
@@ -240,6 +241,7 @@ class Denoiser:
         wanted = len(x)
         if not wanted:  # what the other processes predict takes this one's part of the weights too: any row does
             x, sigma, prompt = x.new_zeros(1, *x.shape[1:]), sigma.new_ones(1), prompt.new_zeros(1)
+            conditions = replace(conditions, rows=conditions.null)
         sigma = sigma.to(x).expand(len(x))
         given = {name: rows[prompt.to(rows.device)] for name, rows in conditions.rows.items()}
         if not self.doubles(guidance):
