@@ -161,6 +161,11 @@ def _train(words: list[str]) -> None:
         from aegpo.hub import check
 
         check(asked.push_to_hub)
+    if asked.processes > config.rollouts_per_step:  # said before so many begin
+        raise ValueError(
+            f"--processes: {asked.processes} cannot share the {config.rollouts_per_step} rollouts of a step; start "
+            "fewer, or raise rollouts_per_step"
+        )
     if asked.processes > 1 and not asked.cluster:
         from aegpo.launch import launch
 

@@ -642,3 +642,10 @@ def test_a_reader_that_leaves_early_is_no_error():
         command = [sys.executable, "-m", "aegpo.cli", "train", "--help"]
         done = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_more_processes_than_rollouts_are_refused_before_any_begins(capsys):
+    assert main(["train", "--processes", "99"]) == 2
+    assert capsys.readouterr().err == (
+        "aegpo: --processes: 99 cannot share the 96 rollouts of a step; start fewer, or raise rollouts_per_step\n"
+    )
