@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from aegpo import config as configuration
 from aegpo.cli import RECIPES, main
 from aegpo.config import Config
+from aegpo.disk import LOCK
 
 CORPUS = Path(__file__).parent
 BAD_RECIPES = sorted((CORPUS / "recipes").iterdir())
@@ -72,7 +73,7 @@ class Watch:
         sys.addaudithook(self)
 
     def __call__(self, event: str, given: tuple[Any, ...]) -> None:
-        if not self.on:
+        if not self.on or self.is_the_lock(event, given):
             return
         if event in STARTING:
             self.started.append(f"{event} {given}")
@@ -81,6 +82,12 @@ class Watch:
         elif event == "open" and not isinstance(given[0], int) and "__pycache__" not in os.fsdecode(given[0]):
             (self.written if (given[2] or 0) & WRITING else self.read).append(os.fsdecode(given[0]))
 
+    def is_the_lock(self, event: str, given: tuple[Any, ...]) -> bool:
+        """Whether this is how a run's own folder is held meanwhile, which changes nothing in it."""
+        if event == "os.mkdir":
+            return os.path.isdir(given[0])
+        return event == "open" and isinstance(given[0], str) and given[0].endswith(f"/{LOCK}")
+
 
 WATCH = Watch()
 
@@ -88,7 +95,7 @@ WATCH = Watch()
 def everything(folder: Path) -> dict[str, tuple[Any, ...]]:
     """All that stands in a folder: kinds, times, targets of links and contents."""
     found = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if path.name != LOCK):
         about = path.lstat()
         inside = (
             os.readlink(path)
