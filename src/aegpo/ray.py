@@ -11,6 +11,7 @@ import logging
 import os
 import posixpath
 import shutil
+import socket
 import sys
 import threading
 import time
@@ -46,6 +47,7 @@ FRUITLESS = 3  # attempts from one checkpoint that may fail before a run ends
 FAILURES = 100  # of workers in a run, whatever it gained between them
 NO_ROOM = 60  # minutes, about, that a run waits for machines that are gone
 TOGETHER = 10.0  # seconds in which what one worker finds wrong is found by all, if it is of the same kind
+REACH = 10.0  # seconds in which a cluster has to let us in
 POLL = 0.2  # seconds between two looks at what the run says
 
 
@@ -169,6 +171,7 @@ def fetch(url: str, folder: Path) -> None:
 def _connected(cluster: str, cpus: int) -> Iterator[bool]:
     """Connect to Ray, unless this process is already; whether it is this machine alone."""
     local = cluster == "local"
+    _refuse_unreachable(cluster)
     if ray.is_initialized():
         yield local
         return
@@ -189,6 +192,17 @@ def _connected(cluster: str, cpus: int) -> Iterator[bool]:
         yield local
     finally:
         ray.shutdown()
+
+
+def _refuse_unreachable(cluster: str) -> None:
+    """Raise ValueError where nothing listens at HOST:PORT: Ray would try for minutes."""
+    host, colon, port = cluster.removeprefix("ray://").rpartition(":")
+    if not colon:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=REACH).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--cluster: there is no Ray at {cluster}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -649,3 +649,10 @@ def test_more_processes_than_rollouts_are_refused_before_any_begins(capsys):
     assert capsys.readouterr().err == (
         "aegpo: --processes: 99 cannot share the 96 rollouts of a step; start fewer, or raise rollouts_per_step\n"
     )
+
+
+@pytest.mark.parametrize("cluster", ["127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:port"])
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path, capsys, cluster):
+    assert main(["train", "--cluster", cluster, "--output-dir", str(tmp_path / "new")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"aegpo: --cluster: there is no Ray at {cluster}: ")
