@@ -2,13 +2,16 @@
 
 import importlib
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from aegpo import models
+from aegpo.cli import main
 from aegpo.config import Model, resolve
 from aegpo.objective import objective
 from aegpo.rollout import ROLLOUT, collect, noise
@@ -118,3 +121,22 @@ def test_the_plain_loop_has_the_gradient_of_ours_under_guidance_and_with_a_pull(
     largest = max(gradient.abs().max() for gradient in theirs)
     for one, other in zip(model.trainable.values(), theirs, strict=True):
         assert (one.grad - other).abs().max() < 1e-4 * largest
+
+
+def test_a_run_killed_at_random_goes_on_to_the_same_end(tmp_path):
+    """Once while it writes one of its first checkpoints, once as it has just been resumed."""
+    chaos = importlib.import_module("chaos")
+    recipe = chaos.prepared(tmp_path, chaos.SETTINGS | {"steps": 12, "eval_every": 5})
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert main(chaos.command(recipe, whole, 1)[3:]) == 0
+    words, rng = chaos.command(recipe, run, 1), random.Random()
+    for aim in (chaos.WRITING, chaos.FIRST):
+        fell, _ = chaos.killed(words, run, tmp_path, aim, rng, 5.0)
+        assert fell
+        words = chaos.command(recipe, run, 1, resume=chaos.last_checkpoint(run) >= 0)
+    assert main(words[3:]) == 0
+    assert chaos.differences(whole, run) == []
+    saved = run / "checkpoint-12" / "memory.safetensors"
+    memory = load_file(saved)
+    save_file(memory | {"signal/values": memory["signal/values"] * (1 + 1e-15)}, saved)
+    assert chaos.differences(whole, run) == ["checkpoint-12/memory.safetensors"]

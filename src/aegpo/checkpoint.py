@@ -230,6 +230,9 @@ def _refuse_strange_state(folder: Path) -> None:
         raise ValueError(f"state.json: seconds should be a time, not {state.get('seconds')!r}")
     if not isinstance(state.get("remembers"), str):
         raise ValueError(f"state.json: remembers should be text, not {state.get('remembers')!r}")
+    alike = state.get("rewards", {})
+    if not isinstance(alike, dict) or not all(isinstance(one, list) and len(one) == 2 for one in alike.values()):
+        raise ValueError(f"state.json: rewards should hold a number and a count for each, not {alike!r:.80}")
     if (folder / AVERAGE).exists() != bool(state["average_steps"]):
         raise ValueError(f"state.json and {AVERAGE} do not belong together")
 
