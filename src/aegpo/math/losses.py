@@ -6,6 +6,7 @@ an advantage says how to move. The gradient flows through the policy being train
 Half precision is widened to fp32.
 """
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -283,7 +284,7 @@ def dpo(error_w: Tensor, error_w_ref: Tensor, error_l: Tensor, error_l_ref: Tens
 def _mean_square(a: Tensor, b: Tensor) -> Tensor:
     """Mean squared difference over all dimensions but the first, (n,)."""
     assert a.shape == b.shape
-    return (a - b).square().flatten(1).mean(1)
+    return (a - b).square().reshape(len(a), math.prod(a.shape[1:])).mean(1)  # also of no rows
 
 
 def _with_target(v: Tensor, x_t: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,5 +296,5 @@ def _with_target(v: Tensor, x_t: Tensor, x0: Tensor, t: Tensor) -> tuple[Tensor,
 
 def _self_normalised(error: Tensor) -> Tensor:
     """Mean square of each row over its own mean size, (n,); the size is a constant, and at least 1e-5."""
-    error = error.flatten(1)
+    error = error.reshape(len(error), math.prod(error.shape[1:]))
     return error.square().mean(1) / error.detach().abs().mean(1).clamp(min=1e-5)

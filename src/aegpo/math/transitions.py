@@ -228,7 +228,7 @@ def _below_one(s: Tensor, sigma_first: float | Tensor | None) -> Tensor:
 
 def _reduce(elements: Tensor, reduction: Reduction) -> Tensor:
     """(B, ...) to (B,)."""
-    rows = elements.flatten(1)
+    rows = elements.reshape(len(elements), math.prod(elements.shape[1:]))
     match reduction:
         case "mean":
             return rows.mean(dim=1)
