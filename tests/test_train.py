@@ -926,13 +926,13 @@ def test_the_loop_measures_when_it_is_due_and_remembers_what_it_saw(tmp_path, mo
     """Twelve steps over three prompts, two a step: an epoch is one step. Every call and what it was given."""
     spreads, walks, seen = [], [], []
 
-    def spread(model, prompts, conditions, reward, config, step, visit, trunk=None):
+    def spread(model, prompts, conditions, reward, config, step, visit, trunk, team):
         spreads.append((step, visit, trunk is None))
         return torch.arange(4.0, dtype=torch.float64).flip(0)
 
-    def walk(model, prompts, conditions, plan, config, step, visit):
+    def walk(model, prompts, conditions, plan, config, step, visit, team):
         walks.append((step, visit))
-        return shared_trunk(model, prompts, conditions, plan, config, step, visit)
+        return shared_trunk(model, prompts, conditions, plan, config, step, visit, team)
 
     class Watched(Memory):
         def visit(self, prompts, values, smoothing):
