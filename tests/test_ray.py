@@ -12,6 +12,7 @@ import ray
 from aegpo import build, world
 from aegpo.cli import main
 from aegpo.config import resolve
+from aegpo.disk import LOCK
 from aegpo.ray import FRUITLESS, Notes
 from aegpo.rewards import actors
 from aegpo.rewards.panel import load_panel
@@ -102,7 +103,8 @@ def test_a_worker_killed_in_a_step_and_its_folder_lost_the_run_ends_by_itself_as
 
 
 def files(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
 def test_no_line_stands_twice_after_a_kill_and_what_a_user_got_wrong_ends_the_run_at_once(
