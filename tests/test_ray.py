@@ -18,22 +18,10 @@ from aegpo.rewards import actors
 from aegpo.rewards.panel import load_panel
 from aegpo.storage import Storage
 from aegpo.types import Prompt
+from tests.small import SMALL
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray has several of its own
 WORKERS = 2
-SMALL = {
-    "algorithm": "aegpo",
-    "steps": 3,
-    "prompts_per_step": 2,
-    "rollouts_per_step": 10,
-    "allocation": {"low": 3, "high": 7},
-    "sampler": {"steps": 4, "solver": "euler", "compress": 1.0},
-    "exploration": {"rule": "entropy_peaks", "k": 2},
-    "optimizer": {"micro_batch": 8, "updates": 2},
-    "model": {"lora": {"rank": 4}},
-    "eval_every": 2,
-    "eval_images": 1,
-}
 
 
 @pytest.fixture(scope="session")

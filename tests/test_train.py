@@ -29,21 +29,9 @@ from aegpo.rewards.panel import alone
 from aegpo.rollout import draw, shared_trunk
 from aegpo.train import deal, learning_rate, update
 from aegpo.types import Judgement, Plan, Prompt, Rollouts, Signals, Transitions, Verdict
+from tests.small import SMALL
 
 FEW = "few"  # three training prompts, so that a run of three steps visits them again
-SMALL = {
-    "algorithm": "aegpo",
-    "steps": 3,
-    "prompts_per_step": 2,
-    "rollouts_per_step": 10,
-    "allocation": {"low": 3, "high": 7},
-    "sampler": {"steps": 4, "solver": "euler", "compress": 1.0},
-    "exploration": {"rule": "entropy_peaks", "k": 2},
-    "optimizer": {"micro_batch": 8, "updates": 2},
-    "model": {"lora": {"rank": 4}},
-    "eval_every": 2,
-    "eval_images": 1,
-}
 
 
 @pytest.fixture(autouse=True)

@@ -107,81 +107,70 @@ def fit(
     saved: Callable[[Path], None] = lambda checkpoint: None,
 ) -> Path:
     """What `run` does but for the card and the report, which tell of what stands in the folder then: the path of it."""
-    with ExitStack() as held:
-        return _fit(config, held, resume, overwrite, judges, saved)
-
-
-def _fit(
-    config: Config,
-    held: ExitStack,
-    resume: str | None,
-    overwrite: bool,
-    judges: Panel | None,
-    saved: Callable[[Path], None],
-) -> Path:
-    folder, team = Path(config.output_dir), Team.join()
-    console = Console(quiet=not team.is_first)
-    with team.agreed():
-        if not resume:
-            refuse_existing(folder, overwrite)
-        disk.refuse_unwritable(folder)
-        locked = team.is_first and (folder / "config.yaml").is_file()
-        if locked:
-            held.enter_context(disk.alone_in(folder))
-        start = _resume_point(folder, resume, console) if resume else None
-        if start is not None:
-            _refuse_another_course(start, config)
-        prompts, held_out = _prompts(config, "train"), _prompts(config, "eval")
-        if len(prompts) < config.prompts_per_step:
-            raise ValueError(
-                f"prompts_per_step: a step takes {config.prompts_per_step} prompts, but {config.prompts.train} holds "
-                f"{len(prompts)}; lower it (and rollouts_per_step), or give more prompts"
-            )
-        reward = judges or load_panel(config)
-        _refuse_idle(config, reward, team.size)
-        _try_out(reward, prompts, named(config.prompts.train, "train"), training=True)
-        _try_out(reward, held_out, named(config.prompts.eval, "eval"))
-        if torch.cuda.is_available() and (outline := memory.sizes(config.model)):
-            memory.refuse_too_small(memory.estimate(config, outline), config)
-        model = load(config.model, config.seed)
-        about = environment(config, model) | {"processes": team.size}
-        model.sigmas(config.sampler.steps, config.sampler.shift)
-        if needs_probe(config):  # what it cannot read of this model is said before anything is written
-            entropy_curves(model, prompts[:1], model.encode([prompts[0].text]), config)
-            model.forwards = 0
-        if start is not None:
-            checkpoint.refuse_others(start, model.trainable)
-            _check_memory(start, config)
-    with team.agreed(), _said_of_the_disk(folder):
-        if team.is_first:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not locked:
+    with ExitStack() as held:  # the folder's lock
+        folder, team = Path(config.output_dir), Team.join()
+        console = Console(quiet=not team.is_first)
+        with team.agreed():
+            if not resume:
+                refuse_existing(folder, overwrite)
+            disk.refuse_unwritable(folder)
+            locked = team.is_first and (folder / "config.yaml").is_file()
+            if locked:
                 held.enter_context(disk.alone_in(folder))
-                refuse_existing(folder, overwrite)  # another run may have begun there meanwhile
-            if start is None:
-                _clear(folder)
-            disk.write(folder / "config.yaml", dump_yaml(config).encode())
-            disk.write(folder / "env.json", json.dumps(about, indent=1).encode())
+            start = _resume_point(folder, resume, console) if resume else None
+            if start is not None:
+                _refuse_another_course(start, config)
+            prompts, held_out = _prompts(config, "train"), _prompts(config, "eval")
+            _refuse_few(prompts, config)
+            reward = judges or load_panel(config)
+            _refuse_idle(config, reward, team.size)
+            _try_out(reward, prompts, named(config.prompts.train, "train"), training=True)
+            _try_out(reward, held_out, named(config.prompts.eval, "eval"))
+            if torch.cuda.is_available() and (outline := memory.sizes(config.model)):
+                memory.refuse_too_small(memory.estimate(config, outline), config)
+            model = load(config.model, config.seed)
+            about = environment(config, model) | {"processes": team.size}
+            model.sigmas(config.sampler.steps, config.sampler.shift)
+            if needs_probe(config):  # what it cannot read of this model is said before anything is written
+                entropy_curves(model, prompts[:1], model.encode([prompts[0].text]), config)
+                model.forwards = 0
+            if start is not None:
+                checkpoint.refuse_others(start, model.trainable)
+                _check_memory(start, config)
+        with team.agreed(), _said_of_the_disk(folder):
+            if team.is_first:
+                folder.mkdir(parents=True, exist_ok=True)
+                if not locked:
+                    held.enter_context(disk.alone_in(folder))
+                    refuse_existing(folder, overwrite)  # another run may have begun there meanwhile
+                if start is None:
+                    _clear(folder)
+                disk.write(folder / "config.yaml", dump_yaml(config).encode())
+                disk.write(folder / "env.json", json.dumps(about, indent=1).encode())
 
-    if config.model.shard and team.size > 1:
-        model.shard()
-    elif config.model.shard:
-        console.print("model.shard: one process has nobody to share weights with, so it holds them all")
-    if start is not None:
-        over = ", the last of its steps: nothing is left to train" if start.name == f"checkpoint-{config.steps}" else ""
-        console.print(f"going on from {start}{over}", highlight=False, markup=False, soft_wrap=True)
-    words = partial(how_to_go_on, folder)
-    with Display(config.steps, console) as display, Stop(words, quiet=not team.is_first) as stop:
-        try:
-            with _said_of_the_disk(folder):
-                train(config, model, prompts, held_out, reward, folder, display, start, team, stop, saved)
-        except (ValueError, FloatingPointError) as error:
-            if isinstance(error, SaidElsewhere) or not checkpoint.checkpoints(folder):
-                raise
-            raise ValueError(
-                f"{error}; to go on from the newest checkpoint: {checkpoint.how_to_resume(folder)}"
-            ) from error
-    return folder
+        if config.model.shard and team.size > 1:
+            model.shard()
+        elif config.model.shard:
+            console.print("model.shard: one process has nobody to share weights with, so it holds them all")
+        if start is not None:
+            over = (
+                ", the last of its steps: nothing is left to train"
+                if start.name == f"checkpoint-{config.steps}"
+                else ""
+            )
+            console.print(f"going on from {start}{over}", highlight=False, markup=False, soft_wrap=True)
+        words = partial(how_to_go_on, folder)
+        with Display(config.steps, console) as display, Stop(words, quiet=not team.is_first) as stop:
+            try:
+                with _said_of_the_disk(folder):
+                    train(config, model, prompts, held_out, reward, folder, display, start, team, stop, saved)
+            except (ValueError, FloatingPointError) as error:
+                if isinstance(error, SaidElsewhere) or not checkpoint.checkpoints(folder):
+                    raise
+                raise ValueError(
+                    f"{error}; to go on from the newest checkpoint: {checkpoint.how_to_resume(folder)}"
+                ) from error
+        return folder
 
 
 @contextmanager
@@ -212,6 +201,15 @@ def _conclude(folder: Path) -> None:
         warning = "nothing was learned: in no step did any prompt's rewards differ; look at reward and sampler"
         console.print(warning, highlight=False, soft_wrap=True)
     console.print(f"report: {report}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _refuse_few(prompts: Sequence[Prompt], config: Config) -> None:
+    """Refuse fewer prompts than a step takes."""
+    if len(prompts) < config.prompts_per_step:
+        raise ValueError(
+            f"prompts_per_step: a step takes {config.prompts_per_step} prompts, but {config.prompts.train} holds "
+            f"{len(prompts)}; lower it (and rollouts_per_step), or give more prompts"
+        )
 
 
 def _refuse_idle(config: Config, reward: Panel, processes: int) -> None:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,26 +125,21 @@ class Team:
         if any(said):
             raise SaidElsewhere(f"process {said.index(True)} cannot go on") from wrong
 
-    @torch.no_grad()
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         """Put in place of each tensor its sum over the processes."""
-        if self.size == 1:
-            return
-        for bucket in _buckets(tensors):
-            total = torch.cat([tensor.flatten() for tensor in bucket]).to(self.device)
-            dist.all_reduce(total)
-            for tensor, part in zip(bucket, total.split([tensor.numel() for tensor in bucket]), strict=True):
-                tensor.copy_(part.view_as(tensor))
+        self._in_place(tensors, dist.all_reduce)
 
-    @torch.no_grad()
     def same(self, tensors: Iterable[Tensor]) -> None:
         """Put in place of each tensor that of the first process."""
-        if self.size == 1:
-            return
-        for bucket in _buckets(tensors):
-            whole = torch.cat([tensor.flatten() for tensor in bucket]).to(self.device)
-            dist.broadcast(whole, 0)
-            for tensor, part in zip(bucket, whole.split([tensor.numel() for tensor in bucket]), strict=True):
+        self._in_place(tensors, partial(dist.broadcast, src=0))
+
+    @torch.no_grad()
+    def _in_place(self, tensors: Iterable[Tensor], change: Callable[[Tensor], Any]) -> None:
+        """Let the processes change all tensors, a bucket in one message."""
+        for bucket in _buckets(tensors) if self.size > 1 else ():
+            joined = torch.cat([tensor.flatten() for tensor in bucket]).to(self.device)
+            change(joined)
+            for tensor, part in zip(bucket, joined.split([tensor.numel() for tensor in bucket]), strict=True):
                 tensor.copy_(part.view_as(tensor))
 
     def fetch(self, take: Callable[[Tensor], list[Tensor]], ids: Tensor, wanted: Tensor) -> list[Tensor]:
