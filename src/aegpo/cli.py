@@ -430,7 +430,8 @@ def _split(words: list[str], options: Sequence[str]) -> tuple[list[str], dict[st
 
 def _override(option: str, text: str, options: Sequence[str]) -> dict[str, Any]:
     """The setting `--a.b-c` as {"a": {"b_c": value}}, even an unknown one: `resolve` says what it should have been."""
-    from aegpo.config import DEPTH, settings
+    from aegpo.config import settings
+    from aegpo.plain import DEPTH
 
     name = _setting(option)
     if name.count(".") > DEPTH:
@@ -450,7 +451,8 @@ def _setting(word: str) -> str:
 
 def _value(keys: list[str], text: str) -> Any:
     """What YAML reads; but if the setting is text then what was typed, so that a folder may be called 2026-01-31."""
-    from aegpo.config import Config, parse_yaml
+    from aegpo.config import Config
+    from aegpo.plain import parse_yaml
 
     named = keys == ["reward"] and not text.lstrip().startswith("{")
     if named and (": " in text or text.startswith("[")):

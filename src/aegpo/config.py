@@ -18,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
 from aegpo.algorithms import ALGORITHMS, merge
+from aegpo.plain import LETTERS, parse_yaml, refuse_boundless
 
 
 def _no_switch(value: Any) -> Any:
@@ -50,7 +51,6 @@ GROUP_LOSSES = ("dgpo", "dpo")  # which see all that was drawn of a prompt at on
 
 RIDERS = 4  # one in so many rollouts of a group begins on its probe's trajectory, one of them in any case
 
-LETTERS, VALUES, DEPTH, BITS = 100_000, 10_000, 20, 64  # that settings may have at most, so that any can be printed
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -388,7 +388,7 @@ def resolve(*layers: dict[str, Any]) -> Config:
         ValueError: one plain line: which setting is wrong and what would be right.
     """
     for layer in layers:
-        _refuse_boundless(layer)
+        refuse_boundless(layer)
     if not any("algorithm" in layer for layer in layers):
         layers = ({"algorithm": Config.algorithm}, *layers)
     laid: dict[str, Any] = {}
@@ -517,35 +517,6 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def parse_yaml(text: str) -> Any:
-    """What YAML reads; raises ValueError where it cannot, or where that is more than settings could ever be."""
-    if len(text) > LETTERS:
-        raise ValueError(f"it is longer than {LETTERS:,} letters")
-    try:
-        content = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None
-    except RecursionError:
-        raise ValueError("it is nested too deep") from None
-    except Exception as error:  # of what turns `!!timestamp x` and the like into values
-        raise ValueError(f"a value is not what it is said to be ({type(error).__name__}: {error})") from None
-    _refuse_boundless(content)
-    return content
-
-
-class _Loader(yaml.SafeLoader):
-    """Of plain values only, and of mappings in which no key stands twice."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        seen = set[tuple[str, str]]()
-        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
-            if (key.tag, key.value) in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
-            seen.add((key.tag, key.value))
-        return node
-
-
 def dump_yaml(config: Config) -> str:
     """The resolved config as YAML that `load_yaml` and `resolve` read back to an equal one."""
     return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False)  # type: ignore[call-overload]
@@ -566,25 +537,6 @@ def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """The end of an error message: the known name nearest to a wrong one, if any is near."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _refuse_boundless(value: Any) -> None:
-    """Raise ValueError for what has no end, as an alias within its own value, or could not be printed or be a path."""
-    left, count = [(value, 0)], 0
-    while left:
-        value, depth = left.pop()
-        count += 1
-        if count > VALUES or depth > DEPTH:
-            what = f"hold more than {VALUES:,} values" if count > VALUES else f"are nested more than {DEPTH} deep"
-            raise ValueError(f"settings {what}, counting what stands behind each alias")
-        if isinstance(value, int) and value.bit_length() > BITS:
-            raise ValueError(f"settings hold a whole number of more than {BITS} bits")
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError("settings hold a zero byte, which neither a name nor a path can have")
-        if isinstance(value, dict):
-            left += [(item, depth + 1) for pair in value.items() for item in pair]
-        elif isinstance(value, list | tuple | set):
-            left += [(item, depth + 1) for item in value]
 
 
 def _choices(algorithm: Any) -> dict[str, Any]:
