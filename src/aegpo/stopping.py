@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
-from threading import Thread, current_thread, main_thread
+from threading import Lock, Thread, current_thread, main_thread
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,6 +29,7 @@ class Stop:
         self.asked = False
         self.last_words, self.quiet = last_words, quiet
         self._before: dict[int, Any] = {}
+        self._untold = Lock()
 
     def __enter__(self) -> Self:
         if current_thread() is main_thread():
@@ -54,6 +55,7 @@ class Stop:
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
+        self._tell()
 
     def _watch(self, came: int) -> None:
         """Count what comes: the number of each signal is written here as soon as it does, whatever Python is at."""
@@ -63,7 +65,7 @@ class Stop:
                 continue
             count += 1
             if count == 1:
-                self._say(lambda: "stopping after this step; once more stops at once")
+                self._tell()
                 continue
             try:
                 if os.isatty(1):
@@ -72,6 +74,11 @@ class Stop:
             finally:
                 os._exit(128 + number[0])
         os.close(came)
+
+    def _tell(self) -> None:
+        """Say once that a signal came: the thread does while Python is at something else, or the handler."""
+        if self._untold.acquire(blocking=False):
+            self._say(lambda: "stopping after this step; once more stops at once")
 
     def _say(self, words: Callable[[], str]) -> None:
         if not self.quiet:
