@@ -13,7 +13,7 @@ from aegpo import build, world
 from aegpo.cli import main
 from aegpo.config import resolve
 from aegpo.disk import LOCK
-from aegpo.ray import FRUITLESS, Notes
+from aegpo.notes import FRUITLESS, Notes
 from aegpo.rewards import actors
 from aegpo.rewards.panel import load_panel
 from aegpo.storage import Storage

@@ -33,6 +33,14 @@ SMALL = {
 HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """Though these tests may run in the background of a shell, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def words(tmp_path):
     """The command of a small run, whose reward does what `own` says when it is called for the fifth time."""

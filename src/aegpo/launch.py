@@ -53,6 +53,7 @@ def launch(words: Sequence[str], processes: int) -> int:
     finally:
         for process in started:
             process.kill()
+            process.wait()
         os.close(ours)
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -33,6 +33,7 @@ import aegpo
 from aegpo import build, checkpoint
 from aegpo.config import Config
 from aegpo.distributed import SaidElsewhere, Team
+from aegpo.notes import Notes
 from aegpo.rewards import actors
 from aegpo.storage import RECORD, Storage
 
@@ -43,7 +44,6 @@ SETTINGS = {  # of Ray, unless a user has others
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-FRUITLESS = 3  # attempts from one checkpoint that may fail before a run ends
 FAILURES = 100  # of workers in a run, whatever it gained between them
 NO_ROOM = 60  # minutes, about, that a run waits for machines that are gone
 TOGETHER = 10.0  # seconds in which what one worker finds wrong is found by all, if it is of the same kind
@@ -132,7 +132,7 @@ def run(
                 scaling_config=_scaling(processes, reward_actors, local),
                 run_config=_running(root, files),
             )
-            _fit(trainer, notes, folder)
+            _fit(trainer, notes, folder, local)
             if place:
                 place.get(folder)
     return folder / "report.html"
@@ -218,8 +218,12 @@ def _record(folder: Path, place: Storage | None) -> Iterator[tuple[str, Any]]:
             files.rm(root, recursive=True)
 
 
-def _fit(trainer: TorchTrainer, notes: Any, folder: Path) -> None:
-    """Let it train in a thread, and say meanwhile what the run says."""
+def _fit(trainer: TorchTrainer, notes: Any, folder: Path, local: bool) -> None:
+    """Let it train in a thread, and say meanwhile what the run says.
+
+    On a cluster of this machine alone it is over once the workers are: Ray Train then asks a dashboard, which is not
+    there, for twelve seconds what became of its own actors.
+    """
     failed: list[BaseException] = []
 
     def fit() -> None:
@@ -231,8 +235,10 @@ def _fit(trainer: TorchTrainer, notes: Any, folder: Path) -> None:
     thread = threading.Thread(target=fit, name="ray", daemon=True)
     thread.start()
     try:
-        while thread.is_alive():
+        over = False
+        while thread.is_alive() and not over:
             thread.join(POLL)
+            over = local and ray.get(notes.all_over.remote())
             _show(notes)
         wrong, lost = ray.get(notes.wrong.remote())
     except BaseException:
@@ -333,67 +339,6 @@ def _on(node: str) -> Any:
 # ---------------------------------------------------------------- a worker
 
 
-class Notes:
-    """An actor that outlives the workers: what they say, what they found wrong, and how often they began where."""
-
-    def __init__(self, workers: int) -> None:
-        self.workers, self.step = workers, -1
-        self.said, self.wrong_line = [], ""
-        self.found: set[int] = set()
-        self.lost: dict[int, str] = {}
-        self.begun: dict[int, int] = {}
-        self.machines: dict[str, int] = {}
-
-    def say(self, text: str, is_error: bool) -> None:
-        """A piece of output."""
-        self.said.append((text, is_error))
-
-    def take(self) -> list[tuple[str, bool]]:
-        """The output since this was last asked for."""
-        said, self.said = self.said, []
-        return said
-
-    def save(self, step: int) -> None:
-        """The checkpoint of this step is where it should be."""
-        self.step = step
-
-    def begin(self) -> tuple[str, int, int]:
-        """The workers begin.
-
-        Returns:
-            What is wrong with the run, if anything is; the step of its last checkpoint, -1 if it has written none; and
-            how often they began before.
-        """
-        before = sum(self.begun.values())
-        self.found.clear()
-        count = self.begun[self.step] = self.begun.get(self.step, 0) + 1
-        if count > FRUITLESS and not self.wrong_line:
-            since = f"after the checkpoint of step {self.step}" if self.step >= 0 else "before its first checkpoint"
-            why = self.lost.get(self.step, "a worker was lost without a word")
-            self.wrong_line = f"the run failed {FRUITLESS} times {since}: {why}"
-        return self.wrong_line, self.step, before
-
-    def is_own(self, machine: str, before: int) -> bool:
-        """Whether workers on this machine began the run, and so may have written its folder, before this attempt."""
-        return self.machines.setdefault(machine, before) < before
-
-    def fail(self, rank: int, line: str, for_good: bool) -> None:
-        """A worker failed; for good, if it is something that a user got wrong, of which another may say the line."""
-        if for_good:
-            self.wrong_line = self.wrong_line or line
-            self.found.add(rank)
-        else:
-            self.lost.setdefault(self.step, line)
-
-    def all_found(self) -> bool:
-        """Whether every worker found something wrong."""
-        return len(self.found) == self.workers
-
-    def wrong(self) -> tuple[str, str]:
-        """What is wrong with the run, and what was said by the worker that was lost last."""
-        return self.wrong_line, next(reversed(self.lost.values()), "")
-
-
 class _Out(io.TextIOBase):
     """A stream whose lines go to the driver."""
 
@@ -421,6 +366,7 @@ def _work(told: dict[str, Any]) -> None:
     os.environ["COLUMNS"] = str(job.columns)
     wrong, step, before = team.tell(ray.get(job.notes.begin.remote()) if team.is_first else None)[0]
     if wrong:
+        ray.get(job.notes.end.remote(rank))
         return
     out, err = (_Out(job.notes, False), _Out(job.notes, True)) if rank == 0 else (io.StringIO(), io.StringIO())
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -428,12 +374,12 @@ def _work(told: dict[str, Any]) -> None:
             print("a worker was lost: the run goes on from its last checkpoint")
         try:
             _train(job, team, step, before)
-            ray.get(job.notes.all_found.remote())  # by then, what was said has arrived
+            ray.get(job.notes.end.remote(rank))  # by then, what was said has arrived
         except (ValueError, FloatingPointError) as error:
             line = "" if isinstance(error, SaidElsewhere) else " ".join(str(error).split())
             ray.get(job.notes.fail.remote(rank, line, True))
             ends = time.monotonic() + TOGETHER
-            while not ray.get(job.notes.all_found.remote()):
+            while not ray.get(job.notes.all_over.remote()):
                 if time.monotonic() > ends:
                     raise  # the others wait for this one: they end when Ray Train begins again
                 time.sleep(POLL)

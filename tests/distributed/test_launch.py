@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
+from threading import Thread
 
+import psutil
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aegpo import build, world
+from aegpo import build, launch, world
 from aegpo.config import resolve
 from aegpo.distributed import ALONE, shares
 from aegpo.train import deal
@@ -62,12 +65,12 @@ def steps(folder):
     return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_processes_finish_their_step_when_asked_to_stop_and_one_alone_goes_on(recipe, tmp_path):
+def test_all_finish_their_step_when_one_of_them_is_asked_to_stop_and_one_alone_goes_on(recipe, tmp_path):
     process = begin("aegpo.cli", *recipe(steps=500), "--processes", "2")
     while not (tmp_path / "run" / "checkpoint-1").exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    ranked(process.pid)[1].send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
     done = steps(tmp_path / "run")
@@ -89,15 +92,67 @@ def test_what_is_wrong_in_one_process_ends_all_in_one_line(recipe, tmp_path):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"],
-        ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    ],
-    ids=["accelerate", "torchrun"],
-)
-def test_other_launchers_serve_as_well(recipe, tmp_path, launcher):
+def ranked(launcher):
+    """The two processes that a launcher has started, in the order of their ranks, once it has."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        found = {}
+        for child in psutil.Process(launcher).children():
+            with suppress(psutil.Error):
+                found[child.environ().get("RANK")] = child
+        if {"0", "1"} <= found.keys():
+            return [found["0"], found["1"]]
+        time.sleep(0.05)
+    raise TimeoutError
+
+
+@contextmanager
+def meanwhile(act):
+    """Have something done to the processes that this one starts, which are given."""
+    found = []
+
+    def watch():
+        found.extend(ranked(os.getpid()))
+        act(found)
+
+    thread = Thread(target=watch, daemon=True)
+    thread.start()
+    yield found
+    thread.join(10)
+    assert len(found) == 2
+
+
+def test_one_that_is_killed_ends_the_others_and_is_named(recipe, capfd, monkeypatch):
+    monkeypatch.setattr(launch, "GRACE", 0.5)
+    with meanwhile(lambda processes: processes[1].kill()) as started:
+        assert launch.launch(recipe(), 2) == 128 + signal.SIGKILL
+    assert capfd.readouterr().err == "aegpo: process 1 was ended by signal 9\n"
+    assert not any(map(psutil.Process.is_running, started))
+
+
+def test_a_signal_to_the_launcher_goes_to_all(recipe):
+    """Before they train, it ends them at once."""
+    before = signal.getsignal(signal.SIGTERM)
+    with meanwhile(lambda _: os.kill(os.getpid(), signal.SIGTERM)) as started:
+        assert launch.launch(recipe(), 2) == 128 + signal.SIGTERM
+    assert not any(map(psutil.Process.is_running, started))
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_none_outlives_a_launcher_that_is_killed(recipe):
+    process = begin("aegpo.cli", *recipe(), "--processes", "2")
+    started, until = ranked(process.pid), time.monotonic() + 30
+    while any(child.num_threads() == 1 for child in started):  # none that waits for the launcher's end as yet
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.kill()
+    assert not psutil.wait_procs(started, timeout=10)[1]
+    process.communicate()
+
+
+def test_accelerate_serves_as_well(recipe, tmp_path):
+    """As does torchrun, with which test_processes.py starts its own."""
+    launcher = "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"
     process = begin(*launcher, "-m", "aegpo.cli", *recipe(steps=1))
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -64,23 +63,15 @@ def score(images, prompts):
 """
 
 
-def together(folder, jobs, processes=2):
-    """Run jobs in so many processes, and wait."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        alike = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+def together(folder, jobs):
+    """Run jobs in two processes that torchrun starts."""
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder / "jobs.json")],
-            env=os.environ | alike | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    said = [process.communicate(timeout=300)[1] for process in started]
-    assert [process.returncode for process in started] == [0] * processes, "\n".join(said)
+    torchrun = sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, str(WORKER), str(folder / "jobs.json")], env=alone, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def settings(folder, name, changes):
