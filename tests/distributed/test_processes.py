@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from aegpo import world
+from aegpo import checkpoint, world
 from aegpo.distributed import ALONE
 from tests.distributed.worker import run
 
@@ -19,8 +19,8 @@ WORKER = Path(__file__).with_name("worker.py")
 SMALL = {
     "steps": 2,
     "prompts_per_step": 3,
-    "rollouts_per_step": 15,
-    "allocation": {"low": 3, "high": 7},
+    "rollouts_per_step": 12,
+    "allocation": {"low": 2, "high": 6},
     "sampler": {"steps": 4, "solver": "euler", "compress": 1.0},
     "optimizer": {"micro_batch": 4, "updates": 2},
     "model": {"lora": {"rank": 4}},
@@ -32,14 +32,14 @@ RUNS = {
     "uneven": {"algorithm": "aegpo", "exploration": RULES, "sampler": {"guidance": 2.0}},
     "uneven-full": {"algorithm": "aegpo", "exploration": RULES, "model": {"train": "full"}, "optimizer": {"ema": 0.5}},
     "uniform": {"algorithm": "flow-grpo"},
-    "uniform-full": {"algorithm": "flow-grpo", "model": {"train": "full"}},
+    "uniform-full": {"algorithm": "flow-grpo", "steps": 1, "model": {"train": "full"}},
     "behaviour": {
         "algorithm": "diffusion-nft",
         "exploration": {"k": 2},
         "model": {"train": "full"},
         "optimizer": {"behaviour": 0.9, "behaviour_ramp": 0.9, "lr": 1e-4, "ema": 0.5, "ema_every": 1},
     },
-    "tree": {"algorithm": "branch-grpo", "exploration": {"k": 2}},
+    "tree": {"algorithm": "branch-grpo", "steps": 1, "exploration": {"k": 2}},
     "spread": {
         "algorithm": "aegpo",
         "allocation": {"rule": "reward_variance"},
@@ -47,8 +47,16 @@ RUNS = {
         "sampler": {"kind": "cps", "shared_noise": True},
     },
     "kept": {"algorithm": "aegpo-fast", "exploration": {"k": 2}, "optimizer": {"updates": 1}},
-    "groups": {"algorithm": "dgpo", "exploration": {"k": 2}, "prompts": "one"},
-    "ranked": {"algorithm": "flow-grpo", "reward": "ranked", "reward_checks": {"failed": "drop"}},
+    "groups": {"algorithm": "dgpo", "steps": 1, "exploration": {"k": 2}, "prompts": "one"},
+    "ranked": {"algorithm": "flow-grpo", "steps": 1, "reward": "ranked", "reward_checks": {"failed": "drop"}},
+    "trunk": {
+        "algorithm": "flow-grpo",
+        "steps": 1,
+        "rollouts_per_step": 6,
+        "sampler": {"steps": 3, "shared_noise": True},
+        "optimizer": {"micro_batch": 1},
+    },
+    "poisoned": {"algorithm": "flow-grpo"},
 }
 RANKED = """
 import numpy as np
@@ -60,6 +68,14 @@ def score(images, prompts):
         raise ValueError("no rings")
     light = images.mean((1, 2, 3))
     return light.argsort().argsort() / len(light)
+"""
+DRAWN = """
+import os, random
+def score(images, prompts):
+    drawn = [random.random() for _ in images]
+    with open(__file__ + os.environ["RANK"], "a") as file:
+        file.write("".join(f"{one}\\n" for one in drawn))
+    return drawn
 """
 
 
@@ -92,23 +108,41 @@ def folder(tmp_path_factory):
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in world.held_out()[::48]))
     (folder / "one.jsonl").write_text(json.dumps(world.held_out()[0]) + "\n")  # fewer than there are processes
     (folder / "rewards.py").write_text(RANKED)
+    (folder / "drawn.py").write_text(DRAWN)
     return folder
 
 
-SHARDED = {"sharded": "uneven", "sharded-groups": "groups", "sharded-full": "behaviour"}
+SHARDED = {
+    "sharded": "uneven",
+    "sharded-groups": "groups",
+    "sharded-full": "behaviour",
+    "sharded-trunk": "trunk",
+    "sharded-resumed": "uneven-full",
+}
+RESUMED = ("resumed", "sharded-resumed")
 
 
 @pytest.fixture(scope="module")
 def runs(folder):
     """Every run by one process, and by two."""
     for name, changes in RUNS.items():
-        run(settings(folder, f"{name}-1", changes), ALONE)
-    jobs = [{"settings": settings(folder, f"{name}-2", changes)} for name, changes in RUNS.items()]
-    for name, plain in SHARDED.items():
-        changed = settings(folder, f"{name}-2", RUNS[plain])
-        jobs.append({"settings": changed | {"model": changed["model"] | {"shard": True}}})
+        run(settings(folder, f"{name}-1", changes), ALONE, poisoned=name == "poisoned")
     run(settings(folder, "resumed-2", RUNS["uneven"]) | {"steps": 1}, ALONE)
-    jobs.append({"settings": settings(folder, "resumed-2", RUNS["uneven"]), "resume": True})
+    jobs = []
+    for name, plain in ({name: name for name in RUNS} | SHARDED | {"resumed": "uneven"}).items():
+        own = settings(folder, f"{name}-2", RUNS[plain])
+        if name in SHARDED:
+            own["model"] = own["model"] | {"shard": True}
+        if name == "sharded-resumed":
+            jobs.append({"settings": own | {"steps": 1}})
+        jobs.append({"settings": own, "resume": name in RESUMED, "poisoned": name == "poisoned"})
+    own = settings(folder, "", {"algorithm": "aegpo", "exploration": RULES})
+    own["optimizer"] = own["optimizer"] | {"recompute": True}  # as a sharded run does
+    for name, shard in (("bfloat16", False), ("bfloat16-sharded", True)):
+        changed = {"output_dir": str(folder / name), "model": own["model"] | {"dtype": "bfloat16", "shard": shard}}
+        jobs.append({"settings": own | changed})
+    own = {"reward": f"{folder / 'drawn.py'}:score", "steps": 1}
+    jobs.append({"settings": settings(folder, "drawn", RUNS["uniform"]) | own})
     together(folder, jobs)
     return folder
 
@@ -116,6 +150,11 @@ def runs(folder):
 def lines(folder):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def saved(folder, place=-1):
+    """The weights of the last checkpoint, or of one before."""
+    return load_file(checkpoint.checkpoints(folder)[place] / "weights.safetensors")
 
 
 def numbers(value):
@@ -135,7 +174,7 @@ def numbers(value):
 @pytest.mark.parametrize(("name", "plain"), [(name, name) for name in RUNS] + [*SHARDED.items(), ("resumed", "uneven")])
 def test_two_processes_are_the_same_run_as_one(runs, name, plain):
     one, two = lines(runs / f"{plain}-1"), lines(runs / f"{name}-2")
-    if name == "resumed":  # after a first step that was its last, and so was followed by an evaluation
+    if name in RESUMED:  # after a first step that was its last, and so was followed by an evaluation
         one, two = ([{key: value for key, value in rows[-1].items() if key != "forwards"}] for rows in (one, two))
     if name in SHARDED:  # which takes ratios anew in any case, a forward a row of later updates
         one, two = ([row | {"forwards": None, "recomputed": None} for row in rows] for rows in (one, two))
@@ -143,8 +182,8 @@ def test_two_processes_are_the_same_run_as_one(runs, name, plain):
     assert rest == rest_of_two  # whole numbers and texts: allocation, explored steps, rows, forwards, prompts
     assert len(x) > 10
     assert np.abs(np.subtract(x, y)).max() <= 1e-5
-    weights = [load_file(runs / of / "checkpoint-2" / "weights.safetensors") for of in (f"{plain}-1", f"{name}-2")]
-    before = load_file(runs / f"{name}-2" / "checkpoint-1" / "weights.safetensors")
+    weights = [saved(runs / of) for of in (f"{plain}-1", f"{name}-2")]
+    before = saved(runs / f"{name}-2", -2)
     assert weights[0].keys() == weights[1].keys() == before.keys()
     assert all((weights[0][key] - weights[1][key]).abs().max() <= 1e-5 for key in before)
     assert any((weights[1][key] - before[key]).abs().max() > 5e-5 for key in before)
@@ -153,9 +192,35 @@ def test_two_processes_are_the_same_run_as_one(runs, name, plain):
 def test_what_differs_is_rounding_and_leans_to_no_side(runs):
     """Were a row left out, or counted twice, the differences of all weights together would not have a mean of zero."""
     for name in RUNS:
-        one, two = (load_file(runs / f"{name}-{of}" / "checkpoint-2" / "weights.safetensors") for of in (1, 2))
+        one, two = (saved(runs / f"{name}-{of}") for of in (1, 2))
         residual = torch.cat([(two[key] - one[key]).flatten().double() for key in one])
         assert residual.mean().abs() <= 5 * residual.std() / len(residual) ** 0.5 + 1e-12, name
+
+
+def test_no_process_takes_an_update_whose_loss_is_not_finite_in_one(runs):
+    """The last one's is infinite throughout step 1, with a gradient as it would be."""
+    for name in ("poisoned-1", "poisoned-2"):
+        assert [line["dropped_updates"] for line in lines(runs / name)[1:]] == [2, 0]
+        assert not (runs / name / "checkpoint-1").exists()
+    aside = [file.stem for file in (runs / "poisoned-2" / "not-finite").iterdir()]
+    assert len(aside) == 4 and len({name[-1] for name in aside}) == 2  # two updates, of two processes
+
+
+def test_a_reward_that_draws_draws_other_numbers_in_each_process(runs):
+    first, second = ({*(runs / f"drawn.py{rank}").read_text().split()} for rank in (0, 1))
+    assert len(first) > 5 and len(second) > 5 and not first & second
+
+
+def test_in_bfloat16_a_sharded_run_is_the_plain_one(runs):
+    """What is trained and the sums of its gradients are float32 in both. (Under `train: full` the embedders' gradients
+    are sums over blocks in bfloat16, whose order sharding changes.)
+    """
+    plain, sharded, single = (saved(runs / name) for name in ("bfloat16", "bfloat16-sharded", "uneven-1"))
+    assert plain.keys() == sharded.keys() == single.keys()
+    for key, value in plain.items():
+        assert value.dtype == sharded[key].dtype == torch.float32
+        assert (value - sharded[key]).abs().max() <= 1e-6
+    assert max((value - single[key]).abs().max() for key, value in plain.items()) > 1e-4  # so it was bfloat16
 
 
 def test_a_plain_process_goes_on_from_what_a_sharded_run_saved(runs):
