@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from aegpo import build, display, models, world
+from aegpo import build, display, models, use, world
 from aegpo.adapt.memory import Memory
 from aegpo.adapt.plan import policy_noise
 from aegpo.analysis import (
@@ -237,7 +237,7 @@ def run(tmp_path_factory):
     (folder / "bright.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3)) / 255\n")
     where = {"prompts": {"eval": str(folder / "few.jsonl")}, "output_dir": str(folder / "run")}
     build.fit(resolve(SMALL, where, {"reward": f"{folder / 'bright.py'}:score"}))
-    build.analyze(str(folder / "run"), images=2)
+    use.analyze(str(folder / "run"), images=2)
     return folder / "run"
 
 
@@ -295,7 +295,7 @@ def test_twice_is_the_same_and_so_it_is_without_checkpoint_0(run, tmp_path, monk
     shutil.rmtree(copy / "analysis")
     shutil.rmtree(copy / "checkpoint-0")
     monkeypatch.setattr(display, "QUIET", -1)
-    page = build.analyze(str(copy), images=2)
+    page = use.analyze(str(copy), images=2)
     assert page == copy / "analysis" / "analysis.html"
     assert {file.name: file.read_bytes() for file in page.parent.iterdir()} == first
     printed = capsys.readouterr().out
@@ -319,7 +319,7 @@ def test_an_analysed_run_may_still_be_overwritten(run, tmp_path):
 
 def test_a_model_before_training(tmp_path, capsys):
     (tmp_path / "three.txt").write_text("".join(f"{prompt.text}\n" for prompt in PROMPTS))
-    page = build.analyze("world", str(tmp_path / "three.txt"), images=1, out=tmp_path / "deep" / "down")
+    page = use.analyze("world", str(tmp_path / "three.txt"), images=1, out=tmp_path / "deep" / "down")
     said = json.loads((page.parent / "analysis.json").read_text())
     assert page == tmp_path / "deep" / "down" / "analysis.html"
     assert said["entropy"]["policy"] is said["ranking"] is None
@@ -328,7 +328,7 @@ def test_a_model_before_training(tmp_path, capsys):
     [row] = said["checkpoints"]
     model = models.load(Model())
     config = resolve({"algorithm": "aegpo", "eval_images": 1, "prompts": {"eval": str(tmp_path / "three.txt")}})
-    judged = build.evaluate_policy(config, model, load_prompts(config.prompts.eval, "eval"), alone(load("world")))
+    judged = use.evaluate_policy(config, model, load_prompts(config.prompts.eval, "eval"), alone(load("world")))
     assert np.mean(row["reward"]) == pytest.approx(judged["eval/reward_mean"])
     printed = capsys.readouterr().out
     assert "gained" not in printed
@@ -348,7 +348,7 @@ def test_what_cannot_be_read_is_said_before_anything_is_drawn(tmp_path):
         "    return [0.0, 1.0]\n"
     )
     with pytest.raises(ValueError, match="no attention layer has run that has image queries and text keys"):
-        build.analyze(
+        use.analyze(
             str(tmp_path / "dual"),
             str(tmp_path / "three.txt"),
             f"{tmp_path}/mine.py:score",
@@ -385,5 +385,5 @@ def test_a_damaged_checkpoint_is_named_before_anything_is_written(run, tmp_path)
     copy = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("analysis"))
     Path(copy / "checkpoint-1" / "weights.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match=r"checkpoint-1 is damaged: weights\.safetensors"):
-        build.analyze(str(copy))
+        use.analyze(str(copy))
     assert not (copy / "analysis").exists()

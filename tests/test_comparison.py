@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from aegpo import build, comparison, display, world
+from aegpo import build, comparison, display, use, world
 from aegpo.cli import main
 from aegpo.comparison import interval, summary
 from aegpo.config import load_yaml, resolve
@@ -111,7 +111,7 @@ def test_the_means_are_those_of_the_plain_evaluation_and_of_the_runs_own_record(
     bright = f"{folder}/mine.py:bright"
     assert list(rewards) == ["world", bright, f"{folder}/mine.py:together"]
     for name in ("world", bright):
-        plain = build.evaluate(folder / "run", reward=name)["eval/reward_mean"]
+        plain = use.evaluate(folder / "run", reward=name)["eval/reward_mean"]
         assert rewards[name]["run"]["mean"] == pytest.approx(plain, rel=1e-6)
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     before, after = (line["eval/reward_mean"] for line in lines)
@@ -140,7 +140,7 @@ def test_pictures_are_drawn_and_judged_a_part_at_a_time_and_once_for_all_rewards
     monkeypatch.setattr(
         comparison, "draw", lambda model, part, config: drawn.append(len(part)) or draw(model, part, config)
     )
-    again = build.evaluate_by_all(folder / "run", ["world", f"{folder}/mine.py:bright"], out=tmp_path / "out")
+    again = use.evaluate_by_all(folder / "run", ["world", f"{folder}/mine.py:bright"], out=tmp_path / "out")
     assert drawn == [8, 8, 4, 4]
     assert again["rewards"]["world"]["base"]["scores"] == said(folder)["rewards"]["world"]["base"]["scores"]
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import ray
 
-from aegpo import build, world
+from aegpo import world
 from aegpo.cli import main
 from aegpo.config import resolve
 from aegpo.disk import LOCK
+from aegpo.folder import is_a_runs
 from aegpo.notes import FRUITLESS, Notes
 from aegpo.rewards import actors
 from aegpo.rewards.panel import load_panel
@@ -139,7 +140,7 @@ def test_rewards_as_actors_say_the_same_and_come_back_when_killed(cluster):
     far = actors.ask(config, judges, actors.about(judges))
     near = load_panel(config)
     asked = [Prompt(id=i, text=row["prompt"], metadata=row) for i, row in enumerate(world.held_out()[:5])]
-    far.try_out(asked)
+    far.try_out(asked, "here")
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
     said, expected = far.judge(images, asked), near.judge(images, asked)
     np.testing.assert_array_equal(said.rewards, expected.rewards)
@@ -154,9 +155,9 @@ def test_rewards_as_actors_say_the_same_and_come_back_when_killed(cluster):
 
     bad = [Prompt(id=0, text="an elephant", metadata={})]
     with pytest.raises(ValueError) as there:
-        far.try_out(bad)
+        far.try_out(bad, "here")
     with pytest.raises(ValueError) as here:
-        near.try_out(bad)
+        near.try_out(bad, "here")
     assert str(there.value) == str(here.value)
 
 
@@ -212,18 +213,18 @@ def test_a_copy_follows_the_run_and_is_brought_home(tmp_path, place):
     place.fs.makedirs(place.root)
     place.fs.pipe_file(f"{place.root}/notes.txt", b"a user's own")
     for steps in ((0, 2), (2, 3), (2,), (2, 4)):  # one step more, then a course that is left, then another
-        place.put(a_run(run, steps), build.is_a_runs)
+        place.put(a_run(run, steps), is_a_runs)
         assert set(place.files()) == {*files(run), "notes.txt"}
         Storage(place.url).get(home)
         assert files(home) == files(run) | {"notes.txt": b"a user's own"}
-    place.put(a_run(run, (0,), seconds=9.0), build.is_a_runs)  # another run is begun in its place
+    place.put(a_run(run, (0,), seconds=9.0), is_a_runs)  # another run is begun in its place
     with pytest.raises(ValueError, match="holds another run than"):
         place.get(home)
 
 
 def test_a_copy_that_was_cut_short_anywhere_holds_what_can_be_gone_on_from(tmp_path, place, monkeypatch):
     run, home = tmp_path / "run", tmp_path / "home"
-    place.put(a_run(run, (2, 3)), build.is_a_runs)
+    place.put(a_run(run, (2, 3)), is_a_runs)
     send, left = Storage._send, []
 
     def short(self, file, name):
@@ -238,7 +239,7 @@ def test_a_copy_that_was_cut_short_anywhere_holds_what_can_be_gone_on_from(tmp_p
         for count in range(20):
             left[:] = range(count)
             try:
-                Storage(place.url).put(run, build.is_a_runs)
+                Storage(place.url).put(run, is_a_runs)
             except ConnectionError:
                 shutil.rmtree(home, ignore_errors=True)
                 place.get(home)

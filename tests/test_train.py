@@ -17,7 +17,7 @@ from diffusers import StableDiffusion3Pipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from aegpo import build, checkpoint, evaluation, logbook, models, train, world
+from aegpo import build, checkpoint, evaluation, logbook, models, train, use, world
 from aegpo.adapt.courses import lay_out
 from aegpo.adapt.memory import Memory
 from aegpo.cli import main
@@ -249,7 +249,7 @@ def test_the_card_of_a_fully_trained_run_draws_what_sample_draws(tmp_path):
     assert "num_inference_steps=7" in (tmp_path / "run" / "README.md").read_text()  # an evaluation's, not a rollout's 4
     drawn, prompt = drawn_by_the_card(tmp_path / "run", seed=5)
     assert prompt in metrics(tmp_path / "run")[1]["prompts"]
-    build.sample(tmp_path / "run", prompt, tmp_path / "x.png", 5)
+    use.sample(tmp_path / "run", prompt, tmp_path / "x.png", 5)
     assert (drawn == np.asarray(Image.open(tmp_path / "x.png"))).all()
 
 
@@ -441,14 +441,14 @@ def test_eval_tries_the_reward_first(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return images.missing\n")
     monkeypatch.delattr(build, "load")  # the model is not even loaded
     with pytest.raises(ValueError, match=r"mine.py, line 2: AttributeError: .*tried on a prompt of prompts.eval"):
-        build.evaluate(tmp_path / "run")
+        use.evaluate(tmp_path / "run")
 
 
 def test_eval_draws_as_many_images_as_it_is_asked_for(tmp_path):
     (tmp_path / "mine.py").write_text("def score(images, prompts):\n    return [len(images)] * len(images)\n")
     build.fit(config(tmp_path, steps=0, reward=f"{tmp_path}/mine.py:score"))
-    assert build.evaluate(tmp_path / "run")["eval/reward_mean"] == 6
-    assert build.evaluate(tmp_path / "run", images=3)["eval/reward_mean"] == 18
+    assert use.evaluate(tmp_path / "run")["eval/reward_mean"] == 6
+    assert use.evaluate(tmp_path / "run", images=3)["eval/reward_mean"] == 18
 
 
 def test_eval_judges_by_another_reward_if_it_is_asked_to(tmp_path, capsys):
@@ -645,7 +645,7 @@ def test_the_average_is_what_is_judged_and_what_is_saved(tmp_path):
     averaging = {"lr": 1e-2, "updates": 1, "ema": 0.9, "ema_every": 1}
     build.fit(config(tmp_path, steps=2, eval_every=0, reward=brightness(tmp_path), optimizer=averaging))
     run = tmp_path / "run"
-    assert build.evaluate(run)["eval/reward_mean"] == metrics(run)[-1]["eval/reward_mean"]
+    assert use.evaluate(run)["eval/reward_mean"] == metrics(run)[-1]["eval/reward_mean"]
     saved = load_file(run / "pytorch_lora_weights.safetensors")
     for name, tensor in load_file(run / "checkpoint-2" / "average.safetensors").items():
         assert torch.equal(saved[f"transformer.{name.replace('.default.', '.')}"], tensor)
@@ -654,7 +654,7 @@ def test_the_average_is_what_is_judged_and_what_is_saved(tmp_path):
 def test_an_average_not_yet_taken_is_the_weights_themselves(tmp_path):
     build.fit(config(tmp_path, steps=2, eval_every=0, optimizer={"lr": 1e-2, "ema": 0.9, "ema_every": 50}))
     first, last = metrics(tmp_path / "run")[0], metrics(tmp_path / "run")[-1]
-    assert build.evaluate(tmp_path / "run") == {k: v for k, v in last.items() if k.startswith("eval/")}
+    assert use.evaluate(tmp_path / "run") == {k: v for k, v in last.items() if k.startswith("eval/")}
     assert last["eval/reward_mean"] != first["eval/reward_mean"]
 
 

@@ -237,7 +237,7 @@ def _sample(words: list[str]) -> None:
     parser.add_argument("--out", type=_text, required=True, help="the image file to write")
     parser.add_argument("--seed", type=_whole(0), default=0, help="of the noise (default: 0)")
     asked = parser.read(words)
-    from aegpo.build import sample
+    from aegpo.use import sample
 
     sample(asked.RUN, asked.prompt, Path(asked.out), asked.seed)
     print(asked.out)
@@ -263,7 +263,7 @@ def _evaluate(words: list[str]) -> None:
         raise ValueError("eval: --reward judges by one, --rewards by several and beside the base; give one of them")
     if asked.out and not asked.rewards:
         raise ValueError("eval: --out says where --rewards writes; without it nothing is written")
-    from aegpo.build import evaluate, evaluate_by_all
+    from aegpo.use import evaluate, evaluate_by_all
 
     if asked.rewards:
         evaluate_by_all(asked.RUN, asked.rewards, asked.prompts, asked.images, Path(asked.out) if asked.out else None)
@@ -287,7 +287,7 @@ def _export(words: list[str]) -> None:
     what = "the .safetensors file to write, for ComfyUI's models/loras"
     parser.add_argument("--comfyui", type=_safetensors, required=True, metavar="FILE", help=what)
     asked = parser.read(words)
-    from aegpo.build import export
+    from aegpo.use import export
 
     export(asked.RUN, asked.comfyui)
     print(asked.comfyui)
@@ -333,7 +333,7 @@ def _analyze(words: list[str]) -> None:
             raise ValueError(f"{name}: analyze takes it as {ANALYZE_TAKES[name]}")
     own, overrides = _split(words, ANALYZE_OPTIONS)
     asked = parser.read(own)
-    from aegpo.build import analyze
+    from aegpo.use import analyze
 
     out = Path(asked.out) if asked.out else None
     try:

@@ -67,6 +67,32 @@ def load_prompts(source: str, split: str, option: str | None = None) -> list[Pro
     return _prompts([read(line, f"{where}, line {i}") for i, line in enumerate(lines, 1) if line.strip()], where)
 
 
+def prompts_of(config: Config, split: str, option: str | None = None) -> list[Prompt]:
+    """The prompts that a config names as `train` or `eval`, as `load_prompts` reads them; its model has to know their
+    words, or ValueError is raised.
+    """
+    source = getattr(config.prompts, split)
+    prompts = load_prompts(source, split, option)
+    refuse_unknown_words(config, [prompt.text for prompt in prompts], named(source, split, option))
+    return prompts
+
+
+def refuse_unknown_words(config: Config, prompts: Sequence[str], where: str) -> None:
+    """The embedded tokenizer spells unknown words out in letters the model never saw; raise ValueError instead."""
+    if config.model.path != "world":
+        return
+    from aegpo import world
+
+    for prompt in prompts:
+        if len(prompt.split()) > world.MAX_WORDS:
+            raise ValueError(f"{where}: {prompt!r} is longer than the {world.MAX_WORDS} words the embedded model reads")
+        if unknown := world.unknown_words(prompt):
+            raise ValueError(
+                f"{where}: the embedded model does not know {unknown[0]!r} in {prompt!r}; "
+                f"it knows {', '.join(sorted(world.words()))}"
+            )
+
+
 def _text_row(line: str, where: str) -> dict[str, Any]:
     return {"prompt": _readable(line.strip(), where)}
 

@@ -33,6 +33,7 @@ import aegpo
 from aegpo import build, checkpoint
 from aegpo.config import Config
 from aegpo.distributed import SaidElsewhere, Team
+from aegpo.folder import is_a_runs, refuse_existing
 from aegpo.notes import Notes
 from aegpo.rewards import actors
 from aegpo.storage import RECORD, Storage
@@ -113,7 +114,7 @@ def run(
     folder = Path(config.output_dir)
     place = storage_beside(storage, folder)
     if resume is None:
-        build.refuse_existing(folder, overwrite)
+        refuse_existing(folder, overwrite)
         if place:
             _refuse_stored(place, overwrite)
     with _connected(cluster, processes + reward_actors) as local:
@@ -157,7 +158,7 @@ def _refuse_stored(place: Storage, overwrite: bool) -> None:
     held = {name.partition("/")[0] for name in place.files()}
     if held and not overwrite:
         raise ValueError(f"--storage: {place.url} exists; give --overwrite, --resume latest, or another URL")
-    if others := sorted(name for name in held if not build.is_a_runs(name)):
+    if others := sorted(name for name in held if not is_a_runs(name)):
         raise ValueError(f"--storage: {place.url} holds {others[0]}, which is not a run's; it is not overwritten")
 
 
@@ -403,10 +404,10 @@ def _train(job: Job, team: Team, step: int, before: int) -> None:
 
     def saved(written: Path) -> None:
         if place:
-            place.put(folder, build.is_a_runs)
+            place.put(folder, is_a_runs)
         ray.get(job.notes.save.remote(checkpoint.step_of(written)))
 
     overwrite = resume is None and (job.overwrite or own)
     build.run(job.config, resume=resume, overwrite=overwrite, judges=judges, saved=saved)
     if team.is_first and place:
-        place.put(folder, build.is_a_runs)
+        place.put(folder, is_a_runs)

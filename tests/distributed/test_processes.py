@@ -26,6 +26,7 @@ SMALL = {
     "model": {"lora": {"rank": 4}},
     "eval_every": 0,
     "eval_images": 1,
+    "save_every": 9,
 }
 RULES = {"rule": "entropy_peaks", "k": 2}
 RUNS = {
@@ -56,7 +57,7 @@ RUNS = {
         "sampler": {"steps": 3, "shared_noise": True},
         "optimizer": {"micro_batch": 1},
     },
-    "poisoned": {"algorithm": "flow-grpo"},
+    "poisoned": {"algorithm": "flow-grpo", "save_every": 1},
 }
 RANKED = """
 import numpy as np

@@ -5,7 +5,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 
-from aegpo import build, models
+from aegpo import models, use
 from aegpo.config import Config, Lora, Model, dump_yaml
 from aegpo.models.comfyui import for_comfyui, layer_name
 from tests.models.pipelines import PIPELINES
@@ -74,7 +74,7 @@ def test_comfyui_adds_to_every_adapted_weight_what_peft_adds(name, folders, tmp_
     if targets:
         targets = (*targets, "to_q", "to_k", "to_v", "to_out.0")
     model = adapted(folders, name, tmp_path / "run", targets)
-    build.export(tmp_path / "run", tmp_path / "there" / "x.safetensors")
+    use.export(tmp_path / "run", tmp_path / "there" / "x.safetensors")
     found = deltas(tmp_path / "there" / "x.safetensors")
     layers = {n: layer for n, layer in model.network.named_modules() if isinstance(layer, LoraLayer)}
     assert found.keys() == {in_comfyui(name, layer) for layer in layers}
@@ -89,7 +89,7 @@ def test_comfyui_adds_to_every_adapted_weight_what_peft_adds(name, folders, tmp_
 def test_diffusers_draws_the_same_from_the_exported_file(name, folders, tmp_path):
     """Of those layouts whose alpha diffusers reads: it refuses it in SD3's and FLUX.2's."""
     model = adapted(folders, name, tmp_path / "run")
-    build.export(tmp_path / "run", tmp_path / "x.safetensors")
+    use.export(tmp_path / "run", tmp_path / "x.safetensors")
     drawn = []
     for file in (None, tmp_path / "run" / "pytorch_lora_weights.safetensors", tmp_path / "x.safetensors"):
         pipe = plain(folders[name], name)
@@ -105,7 +105,7 @@ def test_diffusers_draws_the_same_from_the_exported_file(name, folders, tmp_path
 def test_diffusers_does_not_read_alpha_beside_the_names_of_the_others(name, folders, tmp_path):
     """So the test above leaves them out; once this fails it need not."""
     adapted(folders, name, tmp_path / "run")
-    build.export(tmp_path / "run", tmp_path / "x.safetensors")
+    use.export(tmp_path / "run", tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match=r"Invalid (LoRA|adapter) checkpoint"):
         plain(folders[name], name).load_lora_weights(str(tmp_path / "x.safetensors"))
 
@@ -152,8 +152,8 @@ def test_a_layer_that_comfyui_has_no_known_name_for_is_refused(family, layer):
 def test_a_run_of_all_weights_and_one_without_weights_are_refused(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_yaml(Config()))
     with pytest.raises(ValueError, match=r"has no weights yet: pytorch_lora_weights\.safetensors is missing"):
-        build.export(tmp_path, tmp_path / "x.safetensors")
+        use.export(tmp_path, tmp_path / "x.safetensors")
     (tmp_path / "config.yaml").write_text(dump_yaml(Config(model=Model(train="full"))))
     with pytest.raises(ValueError, match="trained all weights, and export is of a LoRA adapter"):
-        build.export(tmp_path, tmp_path / "x.safetensors")
+        use.export(tmp_path, tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()

@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DConditionModel
 from PIL import Image
 
-from aegpo import build, checkpoint, models, rewards
+from aegpo import build, checkpoint, models, rewards, use
 from aegpo.config import Model, Sampler, resolve
 from aegpo.math.schedules import shifted_linear
 from aegpo.models.base import height_and_width
@@ -187,7 +187,7 @@ def test_trained_weights_draw_the_same_image_in_a_plain_diffusers_pipeline(name,
     theirs = torch.from_numpy(called(pipe, name, noise_like(model, 2), 2.0)).movedim(-1, 1)
     assert ((policy / 2 + 0.5).clamp(0, 1) - theirs).abs().max() < 2e-4
 
-    build.sample(tmp_path / "run", PROMPTS[0], tmp_path / "x.png", seed=7)
+    use.sample(tmp_path / "run", PROMPTS[0], tmp_path / "x.png", seed=7)
     with Image.open(tmp_path / "x.png") as image:
         assert getattr(image, "n_frames", 1) == (5 if name == "wan" else 1)
         assert np.asarray(image.convert("RGB")).std() > 1
@@ -313,7 +313,7 @@ def test_the_size_of_an_image():
 
 def test_a_video_is_judged_kept_and_read_back(folders, task, tmp_path):
     config = trained("wan", "lora", folders, task, tmp_path / "run")
-    build.evaluate_by_all(tmp_path / "run", [config.reward])
+    use.evaluate_by_all(tmp_path / "run", [config.reward])
     said = json.loads((tmp_path / "run" / "eval" / "eval.json").read_text())["rewards"][config.reward]
     kept = sorted((tmp_path / "run" / "eval" / "images" / "run").glob("*.png"))
     videos = []
@@ -325,7 +325,7 @@ def test_a_video_is_judged_kept_and_read_back(folders, task, tmp_path):
     again = rewards.load(config.reward).judge(np.stack(videos), PROMPTS * 2, [{}] * 4).score
     assert again.tolist() == pytest.approx(np.concatenate(said["run"]["scores"]).tolist(), rel=1e-6)
     with pytest.raises(ValueError, match=r"x\.jpg is a video's, which is written as \.gif, \.webp, \.png"):
-        build.sample(tmp_path / "run", PROMPTS[0], tmp_path / "x.jpg")
+        use.sample(tmp_path / "run", PROMPTS[0], tmp_path / "x.jpg")
     with Image.open(tmp_path / "run" / "samples" / "step-000002.png") as grid:
         assert grid.width > 3 * 16
 

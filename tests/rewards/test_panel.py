@@ -106,7 +106,7 @@ def test_a_reward_that_fails_stops_the_run_or_drops_what_it_was_asked_about():
     assert each.judge(images(1, 2, 9, 3), prompts(0, 0, 1, 1)).kept.tolist() == [True, True, False, False]
     assert [(trouble.kind, trouble.images) for trouble in each.troubles()] == [("failed", 2)]
     with pytest.raises(ValueError, match="failed at line 3"):
-        panel.try_out(prompts(0, 0))  # on a black and a white picture
+        panel.try_out(prompts(0, 0), "here")  # on a black and a white picture
 
 
 def test_each_prompt_is_read_before_anything_is_drawn_and_by_the_rewards_of_training_where_it_is_trained_on():
@@ -115,10 +115,10 @@ def test_each_prompt_is_read_before_anything_is_drawn_and_by_the_rewards_of_trai
             raise ValueError(f"cannot judge {prompt!r}")
 
     panel = Panel({"red": (Reward("red", red), 1.0), "choosy": (Reward("choosy", red, read=read), 0.0)}, Checks())
-    panel.try_out(prompts(0, 1, 3), training=True)
-    panel.try_out(prompts(0, 1))
+    panel.try_out(prompts(0, 1, 3), "here", training=True)
+    panel.try_out(prompts(0, 1), "here")
     with pytest.raises(ValueError, match="cannot judge 'prompt 3'"):
-        panel.try_out(prompts(0, 1, 3))
+        panel.try_out(prompts(0, 1, 3), "here")
 
 
 def test_an_answer_of_another_length_is_a_failure():

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import zlib
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -410,7 +411,8 @@ def test_a_sender_that_goes_away_in_mid_body_or_speaks_no_http(strict):
     ):
         with socket.create_connection((host, port)) as raw:
             raw.sendall(sent)
-            raw.shutdown(socket.SHUT_WR)
+            with suppress(OSError):  # who is there may have hung up by now
+                raw.shutdown(socket.SHUT_WR)
             raw.settimeout(5)
             answer = raw.recv(1000)
             assert not answer or answer.startswith(b"HTTP/1.1 4")

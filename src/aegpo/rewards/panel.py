@@ -71,22 +71,25 @@ class Panel:
             pending[name] = (_in_background if reward.elsewhere else _at_once)(ask).result
         return partial(self._verdict, pending, asked, group)
 
-    def try_out(self, prompts: Sequence[Prompt], training: bool = False) -> None:
+    def try_out(self, prompts: Sequence[Prompt], where: str, training: bool = False) -> None:
         """Let them read all prompts, and judge a black and a white picture for the first; `training` as in `ask`.
 
         Raises:
-            ValueError: one fails, whatever the checks say of failures.
+            ValueError: one fails, whatever the checks say of failures; it says `where` the prompts are from.
         """
         black_and_white = np.zeros((2, 32, 32, 3), np.uint8)
         black_and_white[1] = 255
         for reward, weight in self.terms.values():
             if not weight and training:
                 continue
-            for prompt in prompts:
-                reward.read(prompt.text, prompt.metadata)
-            answer = _answer(reward, black_and_white, [prompts[0]] * 2, [0, 0])
-            if answer.error:
-                raise _in_a_line(reward, answer.error)
+            try:
+                for prompt in prompts:
+                    reward.read(prompt.text, prompt.metadata)
+                answer = _answer(reward, black_and_white, [prompts[0]] * 2, [0, 0])
+                if answer.error:
+                    raise _in_a_line(reward, answer.error)
+            except ValueError as error:
+                raise ValueError(f"{error} (tried on a prompt of {where})") from error
 
     def troubles(self) -> list[Trouble]:
         """What was met since this was last asked for."""
