@@ -72,12 +72,12 @@ def test_pretraining_learns_and_writes_a_pipeline_that_diffusers_loads(tmp_path,
 
 
 def test_the_flow_learns_the_velocity(tmp_path):
-    """On four latents seen again and again, the error on them falls well below the target's own variance."""
+    """On one latent seen again and again, the error on it falls well below the target's own variance."""
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     pipe = pretrain.build_pipeline(tmp_path)
     requests = [scenes.Request((("ring", None),))] * 4
-    latents = torch.randn(4, 4, 8, 8)
+    latents = torch.randn(1, 4, 8, 8).repeat(4, 1, 1, 1)
 
     def error():
         embeds, _, pooled, _ = pipe.encode_prompt(
@@ -94,7 +94,7 @@ def test_the_flow_learns_the_velocity(tmp_path):
         return (velocity - (noise - latents)).square().mean().item()
 
     before = error()
-    for _ in pretrain.train_flow(pipe, requests, latents, 150, set(), rng, batch=8):
+    for _ in pretrain.train_flow(pipe, requests, latents, 60, set(), rng, batch=4):
         pass
     after = error()
     assert before > 1.5
