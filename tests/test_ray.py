@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def score(images, prompts):
     assert printed.err.startswith("aegpo: ")
     assert printed.err.count("\n") == 1
     assert "no such picture" in printed.err
-    assert "--resume latest" in printed.err
+    assert f"aegpo train --resume latest --output-dir {tmp_path}/run --cluster local --processes 1\n" in printed.err
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1]
 
 
@@ -181,6 +182,13 @@ def test_options_that_cannot_be(cluster, recipe, tmp_path, capsys, words, line):
     assert main(["train", *given, "--output-dir", str(tmp_path / "run"), *words]) == 2
     assert line in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_client_takes_is_said(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grpc", None)
+    words = ["--output-dir", str(tmp_path / "run"), "--cluster", "ray://127.0.0.1:10001"]
+    assert main(["train", str(recipe), *words]) == 2
+    assert "takes Ray's client: pip install 'ray[client]'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- the copy

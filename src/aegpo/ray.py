@@ -10,6 +10,7 @@ import io
 import logging
 import os
 import posixpath
+import shlex
 import shutil
 import socket
 import sys
@@ -19,6 +20,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +135,10 @@ def run(
                 scaling_config=_scaling(processes, reward_actors, local),
                 run_config=_running(root, files),
             )
-            _fit(trainer, notes, folder, local)
+            where = {"--cluster": cluster, "--processes": processes, "--reward-actors": reward_actors}
+            where |= {"--storage": place and place.url}
+            options = "".join(f" {name} {shlex.quote(str(value))}" for name, value in where.items() if value)
+            _fit(trainer, notes, folder, local, options)
             if place:
                 place.get(folder)
     return folder / "report.html"
@@ -196,7 +201,9 @@ def _connected(cluster: str, cpus: int) -> Iterator[bool]:
 
 
 def _refuse_unreachable(cluster: str) -> None:
-    """Raise ValueError where nothing listens at HOST:PORT: Ray would try for minutes."""
+    """Raise ValueError where nothing listens at HOST:PORT, which Ray would try for minutes, or Ray has no client."""
+    if cluster.startswith("ray://") and find_spec("grpc") is None:
+        raise ValueError(f"--cluster: {cluster} takes Ray's client: pip install 'ray[client]'; or give HOST:PORT")
     host, colon, port = cluster.removeprefix("ray://").rpartition(":")
     if not colon:
         return
@@ -219,8 +226,8 @@ def _record(folder: Path, place: Storage | None) -> Iterator[tuple[str, Any]]:
             files.rm(root, recursive=True)
 
 
-def _fit(trainer: TorchTrainer, notes: Any, folder: Path, local: bool) -> None:
-    """Let it train in a thread, and say meanwhile what the run says.
+def _fit(trainer: TorchTrainer, notes: Any, folder: Path, local: bool, options: str) -> None:
+    """Let it train in a thread, and say meanwhile what the run says, with these options after the command to resume it.
 
     On a cluster of this machine alone it is over once the workers are: Ray Train then asks a dashboard, which is not
     there, for twelve seconds what became of its own actors.
@@ -233,6 +240,10 @@ def _fit(trainer: TorchTrainer, notes: Any, folder: Path, local: bool) -> None:
         except BaseException as error:  # told below, in the thread that waits
             failed.append(error)
 
+    def whole(text: str) -> str:
+        command = f"--resume latest --output-dir {shlex.quote(str(folder))}"
+        return text.replace(command, command + options)
+
     thread = threading.Thread(target=fit, name="ray", daemon=True)
     thread.start()
     try:
@@ -240,23 +251,19 @@ def _fit(trainer: TorchTrainer, notes: Any, folder: Path, local: bool) -> None:
         while thread.is_alive() and not over:
             thread.join(POLL)
             over = local and ray.get(notes.all_over.remote())
-            _show(notes)
+            for text, is_error in ray.get(notes.take.remote()):
+                print(whole(text), end="", file=sys.stderr if is_error else sys.stdout, flush=True)
         wrong, lost = ray.get(notes.wrong.remote())
     except BaseException:
         ray.shutdown()  # which ends the workers
         raise
     if wrong:
-        raise ValueError(wrong)
+        raise ValueError(whole(wrong))
     if failed:
         why = lost or " ".join(str(failed[0]).split())[-300:]
         begun = checkpoint.checkpoints(folder)
         hint = f"; to go on from the newest checkpoint: {checkpoint.how_to_resume(folder)}" if begun else ""
-        raise ValueError(f"the run ended on the cluster: {why}{hint}") from failed[0]
-
-
-def _show(notes: Any) -> None:
-    for text, is_error in ray.get(notes.take.remote()):
-        print(text, end="", file=sys.stderr if is_error else sys.stdout, flush=True)
+        raise ValueError(whole(f"the run ended on the cluster: {why}{hint}")) from failed[0]
 
 
 def _total(kind: str) -> float:
