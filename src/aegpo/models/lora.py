@@ -78,6 +78,8 @@ def _merged(layer: Any, x: Tensor) -> Tensor:
     if layer.disable_adapters or torch.is_autocast_enabled(x.device.type):
         return _beside(layer, x)
     a, b, scale = _factors(layer)
+    if not torch.is_grad_enabled():
+        return F.linear(x, torch.addmm(layer.base_layer.weight, b, a, alpha=scale), layer.base_layer.bias)
     return MergedProduct.apply(x, layer.base_layer.weight, layer.base_layer.bias, a, b, scale)
 
 

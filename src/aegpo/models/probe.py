@@ -155,16 +155,20 @@ class AttentionProbe(TorchFunctionMode):
             for name, module in layers.items():
                 stack.callback(module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
-            stack.push(super().__exit__)
-            super().__enter__()
             self._undo = stack.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._running = None
+        self._listen(None)
         self._undo.__exit__(kind, error, trace)
+
+    def _listen(self, running: _Running | None) -> None:
+        """To what that layer calls; to nothing, between layers, where there is nothing to be heard."""
+        if (running is None) != (self._running is None):
+            super().__enter__() if self._running is None else super().__exit__(None, None, None)
+        self._running = running
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -182,13 +186,13 @@ class AttentionProbe(TorchFunctionMode):
         outer = self._running
         if outer is not None and outer.name and not name.startswith(f"{outer.name}."):
             outer = None
-        self._running = _Running(name, module, hidden, None if encoder is hidden else encoder, outer)
+        self._listen(_Running(name, module, hidden, None if encoder is hidden else encoder, outer))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         running = self._running
         if running is None:
             return
-        self._running = running.outer
+        self._listen(running.outer)
         if running.outer is not None:
             running.outer.holds = True
         failed = output is None  # the layer raised an error, which is on its way
