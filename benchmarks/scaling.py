@@ -41,8 +41,8 @@ from aegpo.distributed import Team, shares
 from aegpo.rewards.panel import Inquiry, load_panel
 
 SETTINGS: dict[str, Any] = {
-    "prompts_per_step": 32,
-    "rollouts_per_step": 384,
+    "prompts_per_step": 30,
+    "rollouts_per_step": 360,
     "eval_every": 0,
     "eval_images": 1,
 }
