@@ -135,6 +135,18 @@ def test_a_run_that_fails_again_and_again_from_one_checkpoint_ends():
     assert notes.begin()[0] == notes.wrong()[0] == wrong
 
 
+def test_a_run_is_over_when_all_of_its_last_workers_are():
+    notes = Notes(workers=2)
+    notes.begin()
+    notes.end(0)
+    assert not notes.all_over()
+    notes.begin()  # the other was lost
+    notes.end(1)
+    assert not notes.all_over()
+    notes.fail(0, "no such file", for_good=True)
+    assert notes.all_over()
+
+
 def test_rewards_as_actors_say_the_same_and_come_back_when_killed(cluster):
     config = resolve({"reward": {"world": 1, "jpeg_size": 0.5}})
     judges = actors.start(config, 2)

@@ -169,7 +169,8 @@ def _train(words: list[str]) -> None:
     if asked.processes > 1 and not asked.cluster:
         from aegpo.launch import launch
 
-        if code := launch(["train", *_without("--processes", words)], asked.processes):
+        last_words = functools.partial(_how_to_go_on, config, bool(asked.resume))
+        if code := launch(["train", *_without("--processes", words)], asked.processes, last_words):
             sys.exit(code)
         return
     how = {"resume": asked.resume, "overwrite": asked.overwrite}
@@ -184,8 +185,14 @@ def _train(words: list[str]) -> None:
             from aegpo.build import run
 
             run(config, **how)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(_how_to_go_on(config, bool(asked.resume))) from None
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(str(stop) or _how_to_go_on(config, bool(asked.resume))) from None
+    except RuntimeError as error:
+        from aegpo.distributed import SaidElsewhere, is_loss
+
+        if asked.cluster or not is_loss(error):
+            raise
+        raise SaidElsewhere("another process was lost") from error
     if asked.push_to_hub and os.environ.get("RANK", "0") == "0":
         _push_if_finished(config, asked.push_to_hub)
 

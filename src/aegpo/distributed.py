@@ -29,6 +29,11 @@ class SaidElsewhere(ValueError):
     """What went wrong in another process, which tells the user."""
 
 
+def is_loss(error: RuntimeError) -> bool:
+    """Whether an error says that another process is gone, or no longer answers."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
+
+
 class Team:
     """The processes of a run.
 

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from threading import Thread
 from types import FrameType
 
@@ -17,15 +17,16 @@ LIFELINE = "AEGPO_LIFELINE"  # the variable that tells a process the file to wat
 GRACE = 10.0  # seconds that processes have to end by themselves once one of them has failed
 
 
-def launch(words: Sequence[str], processes: int) -> int:
+def launch(words: Sequence[str], processes: int, last_words: Callable[[], str] = lambda: "stopped") -> int:
     """Run `aegpo WORDS` in so many processes that know each other, and wait.
 
     Args:
         words: the command and its arguments, without `--processes`.
         processes: how many.
+        last_words: what is said where a signal ended one of them, which could say nothing.
 
     Returns:
-        0 if all ended well, or the exit code of the first that did not; 128 and the signal's number if one ended it.
+        0 if all ended well; 128 and the signal's number if one ended a process; else the exit code of one that failed.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -43,13 +44,14 @@ def launch(words: Sequence[str], processes: int) -> int:
         for process in started:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, hand_on) for number in heard}
     try:
         for rank in range(processes):
             own = os.environ | alike | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             started.append(subprocess.Popen(command, env=own, start_new_session=True, pass_fds=[theirs]))
         os.close(theirs)
-        return _wait(started)
+        return _wait(started, last_words)
     finally:
         for process in started:
             process.kill()
@@ -72,16 +74,17 @@ def end_with_launcher() -> None:
     Thread(target=watch, name="launcher", daemon=True).start()
 
 
-def _wait(started: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(started: Sequence[subprocess.Popen[bytes]], last_words: Callable[[], str]) -> int:
     """Wait for all, or until one fails and the others had time to say why."""
     failed, since = 0, 0.0
     while True:
         codes = [process.poll() for process in started]
-        wrong = [code for code in codes if code]
+        wrong = sorted(code for code in codes if code)  # a signal's is below 0, and others may have failed for its sake
         if wrong and not failed:
             failed, since = (128 - wrong[0] if wrong[0] < 0 else wrong[0]), time.monotonic()
             if wrong[0] < 0:
-                print(f"aegpo: process {codes.index(wrong[0])} was ended by signal {-wrong[0]}", file=sys.stderr)
+                ended = f"process {codes.index(wrong[0])} was ended by signal {-wrong[0]}"
+                print(f"aegpo: {ended}: {last_words()}", file=sys.stderr)
         if None not in codes or (failed and time.monotonic() - since > GRACE):
             return failed
         time.sleep(0.05)

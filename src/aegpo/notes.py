@@ -21,10 +21,10 @@ class Notes:
         """A piece of output."""
         self.said.append((text, is_error))
 
-    def take(self) -> list[tuple[str, bool]]:
-        """The output since this was last asked for."""
+    def take(self) -> tuple[list[tuple[str, bool]], int]:
+        """The output since this was last asked for, and the step of the last checkpoint, -1 if none was written."""
         said, self.said = self.said, []
-        return said
+        return said, self.step
 
     def save(self, step: int) -> None:
         """The checkpoint of this step is where it should be."""
@@ -41,7 +41,7 @@ class Notes:
         self.over.clear()
         count = self.begun[self.step] = self.begun.get(self.step, 0) + 1
         if count > FRUITLESS and not self.wrong_line:
-            since = f"after the checkpoint of step {self.step}" if self.step >= 0 else "before its first checkpoint"
+            since = f"after the checkpoint of step {self.step}" if self.step >= 0 else "before it wrote a checkpoint"
             why = self.lost.get(self.step, "a worker was lost without a word")
             self.wrong_line = f"the run failed {FRUITLESS} times {since}: {why}"
         return self.wrong_line, self.step, before
@@ -67,5 +67,5 @@ class Notes:
         return len(self.over) == self.workers
 
     def wrong(self) -> tuple[str, str]:
-        """What is wrong with the run, and what was said by the worker that was lost last."""
+        """What is wrong with the run, and what the first worker said that was lost after the last checkpoint."""
         return self.wrong_line, next(reversed(self.lost.values()), "")

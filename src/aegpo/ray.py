@@ -126,7 +126,8 @@ def run(
                 _look_at_machines(root, files, folder if place is None else None)
             judges = actors.start(config, reward_actors, _gpu_share(processes, reward_actors))
             about = actors.about(judges) if judges else []
-            notes = ray.remote(Notes).options(num_cpus=0, max_concurrency=1).remote(processes)
+            here = _on(ray.get_runtime_context().get_node_id(), soft=True)  # no lost machine may take them along
+            notes = ray.remote(Notes).options(num_cpus=0, max_concurrency=1, scheduling_strategy=here).remote(processes)
             columns = shutil.get_terminal_size().columns
             job = Job(config, resume, overwrite, place and place.url, os.getcwd(), columns, notes, judges, about)
             trainer = TorchTrainer(
@@ -233,6 +234,7 @@ def _fit(trainer: TorchTrainer, notes: Any, folder: Path, local: bool, options: 
     there, for twelve seconds what became of its own actors.
     """
     failed: list[BaseException] = []
+    again, written = f"{checkpoint.how_to_resume(folder)}{options}", -1
 
     def fit() -> None:
         try:
@@ -241,8 +243,7 @@ def _fit(trainer: TorchTrainer, notes: Any, folder: Path, local: bool, options: 
             failed.append(error)
 
     def whole(text: str) -> str:
-        command = f"--resume latest --output-dir {shlex.quote(str(folder))}"
-        return text.replace(command, command + options)
+        return text.replace(checkpoint.how_to_resume(folder), again)
 
     thread = threading.Thread(target=fit, name="ray", daemon=True)
     thread.start()
@@ -251,19 +252,24 @@ def _fit(trainer: TorchTrainer, notes: Any, folder: Path, local: bool, options: 
         while thread.is_alive() and not over:
             thread.join(POLL)
             over = local and ray.get(notes.all_over.remote())
-            for text, is_error in ray.get(notes.take.remote()):
+            said, written = ray.get(notes.take.remote())
+            for text, is_error in said:
                 print(whole(text), end="", file=sys.stderr if is_error else sys.stdout, flush=True)
         wrong, lost = ray.get(notes.wrong.remote())
-    except BaseException:
+    except BaseException as error:
         ray.shutdown()  # which ends the workers
-        raise
+        if isinstance(error, KeyboardInterrupt) and written >= 0:
+            raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
+        if not isinstance(error, ray.exceptions.RayError):
+            raise
+        wrong, lost = "", " ".join(str(error).split())[-300:]
+        failed.append(error)
+    hint = f"; to go on from the newest checkpoint: {again}" if written >= 0 else ""
     if wrong:
-        raise ValueError(whole(wrong))
+        raise ValueError(whole(wrong) + ("" if again in whole(wrong) else hint))
     if failed:
         why = lost or " ".join(str(failed[0]).split())[-300:]
-        begun = checkpoint.checkpoints(folder)
-        hint = f"; to go on from the newest checkpoint: {checkpoint.how_to_resume(folder)}" if begun else ""
-        raise ValueError(whole(f"the run ended on the cluster: {why}{hint}")) from failed[0]
+        raise ValueError(f"the run ended on the cluster: {why}{hint}") from failed[0]
 
 
 def _total(kind: str) -> float:
@@ -338,10 +344,10 @@ def _look(token: str, files: Any) -> tuple[str, bool]:
     return aegpo.__version__, files.exists(token)
 
 
-def _on(node: str) -> Any:
+def _on(node: str, soft: bool = False) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(node, soft=False)
+    return NodeAffinitySchedulingStrategy(node, soft=soft)
 
 
 # ---------------------------------------------------------------- a worker

@@ -125,18 +125,58 @@ def meanwhile(act):
 def test_one_that_is_killed_ends_the_others_and_is_named(recipe, capfd, monkeypatch):
     monkeypatch.setattr(launch, "GRACE", 0.5)
     with meanwhile(lambda processes: processes[1].kill()) as started:
-        assert launch.launch(recipe(), 2) == 128 + signal.SIGKILL
-    assert capfd.readouterr().err == "aegpo: process 1 was ended by signal 9\n"
+        assert launch.launch(recipe(), 2, lambda: "last words") == 128 + signal.SIGKILL
+    assert capfd.readouterr().err == "aegpo: process 1 was ended by signal 9: last words\n"
     assert not any(map(psutil.Process.is_running, started))
 
 
-def test_a_signal_to_the_launcher_goes_to_all(recipe):
-    """Before they train, it ends them at once."""
+def test_a_signal_to_the_launcher_goes_to_all(recipe, monkeypatch):
+    """Before they train, it ends them at once; were one left, the launcher would wait for it."""
+    monkeypatch.setattr(launch, "GRACE", 1000)
     before = signal.getsignal(signal.SIGTERM)
-    with meanwhile(lambda _: os.kill(os.getpid(), signal.SIGTERM)) as started:
-        assert launch.launch(recipe(), 2) == 128 + signal.SIGTERM
+
+    def end(_):
+        time.sleep(0.2)  # they are there; so it knows
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    began = time.monotonic()
+    with meanwhile(end) as started:
+        assert launch.launch(recipe(steps=1000), 2) == 128 + signal.SIGTERM
+    assert time.monotonic() - began < 100
     assert not any(map(psutil.Process.is_running, started))
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_that_is_ignored_stays_ignored(recipe):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignored = []
+
+    def look(processes):
+        for process in processes:
+            line = next(x for x in open(f"/proc/{process.pid}/status") if x.startswith("SigIgn"))
+            ignored.append(bool(int(line.split()[1], 16) >> signal.SIGINT - 1 & 1))
+            process.kill()
+
+    try:
+        with meanwhile(look):
+            assert launch.launch(recipe(), 2) == 128 + signal.SIGKILL
+        assert ignored == [True, True]
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_one_that_is_killed_while_they_train_is_named_and_how_to_go_on_is_said(recipe, tmp_path):
+    process = begin("aegpo.cli", *recipe(steps=500), "--processes", "2")
+    while not (tmp_path / "run" / "checkpoint-1").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    ranked(process.pid)[1].kill()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    [line] = [line for line in err.splitlines() if "kernels" not in line and line.strip()]
+    resume = f"aegpo train --resume latest --output-dir {tmp_path}/run"
+    assert line == f"aegpo: process 1 was ended by signal 9: stopped; to go on: {resume}"
 
 
 def test_none_outlives_a_launcher_that_is_killed(recipe):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -175,6 +176,8 @@ def numbers(value):
 @pytest.mark.parametrize(("name", "plain"), [(name, name) for name in RUNS] + [*SHARDED.items(), ("resumed", "uneven")])
 def test_two_processes_are_the_same_run_as_one(runs, name, plain):
     one, two = lines(runs / f"{plain}-1"), lines(runs / f"{name}-2")
+    if name == "resumed":
+        assert two[-1]["forwards"] == one[-1]["forwards"] + one[0]["forwards"]  # the evaluation after its first step
     if name in RESUMED:  # after a first step that was its last, and so was followed by an evaluation
         one, two = ([{key: value for key, value in rows[-1].items() if key != "forwards"}] for rows in (one, two))
     if name in SHARDED:  # which takes ratios anew in any case, a forward a row of later updates
@@ -187,6 +190,10 @@ def test_two_processes_are_the_same_run_as_one(runs, name, plain):
     before = saved(runs / f"{name}-2", -2)
     assert weights[0].keys() == weights[1].keys() == before.keys()
     assert all((weights[0][key] - weights[1][key]).abs().max() <= 1e-5 for key in before)
+    for file in checkpoint.checkpoints(runs / f"{plain}-1")[-1].glob("*.safetensors"):
+        other = load_file(checkpoint.checkpoints(runs / f"{name}-2")[-1] / file.name)
+        for key, value in load_file(file).items():
+            assert torch.allclose(value.double(), other[key].double(), rtol=1e-2, atol=1e-5), (file.name, key)
     assert any((weights[1][key] - before[key]).abs().max() > 5e-5 for key in before)
 
 
@@ -226,7 +233,7 @@ def test_in_bfloat16_a_sharded_run_is_the_plain_one(runs):
 
 def test_a_plain_process_goes_on_from_what_a_sharded_run_saved(runs):
     """What is saved of a sharded run is whole, so a plain process resumes it."""
-    plain = settings(runs, "sharded-2", RUNS["uneven"]) | {"steps": 3}
-    run(plain, ALONE, resume=True)
-    last = lines(runs / "sharded-2")[-1]
+    shutil.copytree(runs / "sharded-2", runs / "gone-on")
+    run(settings(runs, "gone-on", RUNS["uneven"]) | {"steps": 3}, ALONE, resume=True)
+    last = lines(runs / "gone-on")[-1]
     assert last["step"] == 3 and last["rows"] > 0
