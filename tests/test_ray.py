@@ -118,8 +118,29 @@ def score(images, prompts):
     assert printed.err.startswith("aegpo: ")
     assert printed.err.count("\n") == 1
     assert "no such picture" in printed.err
-    assert f"aegpo train --resume latest --output-dir {tmp_path}/run --cluster local --processes 1\n" in printed.err
+    resume = f"--resume latest --output-dir {tmp_path}/run"
+    assert printed.err.endswith(f"aegpo train --cluster local --processes 1 {resume}\n")
+        f"aegpo train --cluster local --processes 1 --resume latest --output-dir {tmp_path}/run\n"
+    )
     assert [line["step"] for line in metrics(tmp_path / "run")] == [0, 1]
+
+
+def test_a_signal_lets_the_workers_finish_their_step(cluster, recipe, tmp_path, capfd):
+    signals = reward(tmp_path, "signals", f"os.kill({os.getpid()}, signal.SIGTERM)")
+    before = signal.getsignal(signal.SIGTERM)
+    stored = ["--cluster", "local", "--storage", f"file://{tmp_path}/stored"]
+    words = ["train", str(recipe), "--reward", signals, "--output-dir", str(tmp_path / "run"), "--steps", "50", *stored]
+    assert main(words) == 0
+    printed = capfd.readouterr()
+    done = metrics(tmp_path / "run")[-1]["step"]
+    assert 2 <= done < 50
+    assert printed.err == "aegpo: stopping after this step; once more stops at once\n"
+    resume = f"aegpo train --cluster local --processes 1 --storage file://{tmp_path}/stored --resume latest"
+    assert f"step {done} of 50: stopped; to go on: {resume} --output-dir {tmp_path}/run\n" in printed.out
+    assert (tmp_path / "run" / f"checkpoint-{done}").exists()
+    assert files(tmp_path / "run") == files(tmp_path / "stored")
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "AEGPO_BEGUN" not in os.environ
 
 
 def test_a_run_that_fails_again_and_again_from_one_checkpoint_ends():

@@ -35,7 +35,7 @@ from aegpo.models import Denoiser, absent, compute_dtype, load, memory
 from aegpo.report import read_metrics, write_model_card, write_report
 from aegpo.rewards.panel import Panel, load_panel
 from aegpo.signals import entropy_curves
-from aegpo.stopping import Stop
+from aegpo.stopping import Stop, how_to_resume
 from aegpo.train import seen_whole, train
 from aegpo.types import Prompt
 
@@ -47,6 +47,7 @@ def run(
     overwrite: bool = False,
     judges: Panel | None = None,
     saved: Callable[[Path], None] = lambda checkpoint: None,
+    asked: Callable[[], bool] = lambda: False,
 ) -> Path:
     """Train as the config says, in `config.output_dir`, and write the run's card and its report.
 
@@ -56,6 +57,7 @@ def run(
         overwrite: whether a run that stands in the folder may be replaced.
         judges: the config's rewards, where they are at work elsewhere.
         saved: is told of each checkpoint, in the first process.
+        asked: whether the run is to end after its step, also where no signal says so.
 
     Returns:
         The path of the report.
@@ -63,7 +65,7 @@ def run(
     Raises:
         ValueError: anything the user got wrong, in one plain line; nothing has been written then.
     """
-    folder = fit(config, resume=resume, overwrite=overwrite, judges=judges, saved=saved)
+    folder = fit(config, resume=resume, overwrite=overwrite, judges=judges, saved=saved, asked=asked)
     team = Team.join()
     with team.agreed(), said_of_the_disk(folder):
         if team.is_first:
@@ -82,6 +84,7 @@ def fit(
     overwrite: bool = False,
     judges: Panel | None = None,
     saved: Callable[[Path], None] = lambda checkpoint: None,
+    asked: Callable[[], bool] = lambda: False,
 ) -> Path:
     """What `run` does but for the card and the report, which tell of what stands in the folder then: the path of it."""
     with ExitStack() as held:  # the folder's lock
@@ -137,16 +140,18 @@ def fit(
             )
             console.print(f"going on from {start}{over}", highlight=False, markup=False, soft_wrap=True)
         words = partial(how_to_go_on, folder)
-        with Display(config.steps, console) as display, Stop(words, quiet=not team.is_first) as stop:
+        with Display(config.steps, console) as display, Stop(words, quiet=not team.is_first) as signals:
+
+            def stop() -> bool:
+                return signals.asked or asked()
+
             try:
                 with said_of_the_disk(folder):
                     train(config, model, prompts, held_out, reward, folder, display, start, team, stop, saved)
             except (ValueError, FloatingPointError) as error:
                 if isinstance(error, SaidElsewhere) or not checkpoint.checkpoints(folder):
                     raise
-                raise ValueError(
-                    f"{error}; to go on from the newest checkpoint: {checkpoint.how_to_resume(folder)}"
-                ) from error
+                raise ValueError(f"{error}; to go on from the newest checkpoint: {how_to_resume(folder)}") from error
         return folder
 
 
@@ -155,8 +160,12 @@ def _conclude(folder: Path) -> None:
     console = Console()
     write_model_card(folder)
     report = write_report(folder)
-    console.print(_before_after(folder))
-    trained = [row for row in read_metrics(folder) if "rows" in row]
+    rows = read_metrics(folder)
+    trained = [row for row in rows if "rows" in row]
+    if trained and sum("eval/reward_mean" in row for row in rows) == 1:
+        console.print("held-out prompts: evaluated before the first step alone", highlight=False)
+    else:
+        console.print(_before_after(rows))
     if trained and not any(row["rows"] for row in trained):
         warning = "nothing was learned: in no step did any prompt's rewards differ; look at reward and sampler"
         console.print(warning, highlight=False, soft_wrap=True)
@@ -217,8 +226,9 @@ def _check_memory(start: Path, config: Config) -> None:
         raise ValueError(f"checkpoint {start} is damaged: memory.safetensors holds curves of other denoising steps")
 
 
-def _before_after(folder: Path) -> Table:
-    evaluations = [row for row in read_metrics(folder) if "eval/reward_mean" in row]
+def _before_after(rows: Sequence[dict[str, Any]]) -> Table:
+    """The first evaluation beside the last."""
+    evaluations = [row for row in rows if "eval/reward_mean" in row]
     table = Table("held-out", "before", "after", "change")
     if not evaluations:
         return table

@@ -8,9 +8,7 @@ import hashlib
 import json
 import math
 import re
-import shlex
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -141,12 +139,6 @@ def step_of(folder: Path) -> int:
 def last_step(run: Path) -> int:
     """The training step of the run's newest checkpoint; -1 where it has none."""
     return max(map(step_of, checkpoints(run)), default=-1)
-
-
-def how_to_resume(run: Path) -> str:
-    """The command that goes on from a run's newest checkpoint."""
-    typed = sys.argv[0] if Path(sys.argv[0]).name == "aegpo" and shutil.which("aegpo") is None else "aegpo"
-    return f"{typed} train --resume latest --output-dir {shlex.quote(str(run))}"
 
 
 def drop_after(run: Path, step: int) -> None:

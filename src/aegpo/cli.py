@@ -168,9 +168,12 @@ def _train(words: list[str]) -> None:
         )
     if asked.processes > 1 and not asked.cluster:
         from aegpo.launch import launch
+        from aegpo.stopping import begun
 
         last_words = functools.partial(_how_to_go_on, config, bool(asked.resume))
-        if code := launch(["train", *_without("--processes", words)], asked.processes, last_words):
+        with begun({"--processes": asked.processes}):
+            code = launch(["train", *_without("--processes", words)], asked.processes, last_words)
+        if code:
             sys.exit(code)
         return
     how = {"resume": asked.resume, "overwrite": asked.overwrite}
@@ -231,7 +234,7 @@ def _how_to_go_on(config: "Config", resumed: bool) -> str:
     written = folder / "config.yaml"
     begun = resumed or (written.is_file() and written.read_text(encoding="utf-8") == dump_yaml(config))
     if begun and any(folder.glob("checkpoint-*")):
-        from aegpo.checkpoint import how_to_resume
+        from aegpo.stopping import how_to_resume
 
         return f"stopped; to go on: {how_to_resume(folder)}"
     return "stopped before its first checkpoint; start it again" + " with --overwrite" * written.is_file()

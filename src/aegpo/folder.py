@@ -14,6 +14,7 @@ from aegpo import checkpoint, disk
 from aegpo.config import Config, eval_steps, load_yaml, resolve
 from aegpo.logbook import ASIDE
 from aegpo.report import inside, read_metrics
+from aegpo.stopping import how_to_resume
 
 RUN_FILES = (
     *("config.yaml", "env.json", "metrics.jsonl", "report.html", "README.md", "samples"),
@@ -136,7 +137,7 @@ def refuse_another_course(start: Path, config: Config) -> None:
 def how_to_go_on(folder: Path) -> str:
     """What to say to whoever stopped a run that trains."""
     if checkpoint.checkpoints(folder):
-        return f"stopped; to go on: {checkpoint.how_to_resume(folder)}"
+        return f"stopped; to go on: {how_to_resume(folder)}"
     return "stopped before its first checkpoint; start it again with --overwrite"
 
 

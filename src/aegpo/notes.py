@@ -13,6 +13,7 @@ class Notes:
         self.workers, self.step = workers, -1
         self.said, self.wrong_line = [], ""
         self.over: set[int] = set()
+        self.is_stopping = False
         self.lost: dict[int, str] = {}
         self.begun: dict[int, int] = {}
         self.machines: dict[str, int] = {}
@@ -57,6 +58,14 @@ class Notes:
             self.over.add(rank)
         else:
             self.lost.setdefault(self.step, line)
+
+    def stop(self) -> None:
+        """The run is to end after its step."""
+        self.is_stopping = True
+
+    def stopping(self) -> bool:
+        """Whether it is."""
+        return self.is_stopping
 
     def end(self, rank: int) -> None:
         """A worker has nothing left to do."""

@@ -10,7 +10,6 @@ import io
 import logging
 import os
 import posixpath
-import shlex
 import shutil
 import socket
 import sys
@@ -38,6 +37,7 @@ from aegpo.distributed import SaidElsewhere, Team
 from aegpo.folder import is_a_runs, refuse_existing
 from aegpo.notes import Notes
 from aegpo.rewards import actors
+from aegpo.stopping import BEGUN, Stop, begun, how_to_resume
 from aegpo.storage import RECORD, Storage
 
 SETTINGS = {  # of Ray, unless a user has others
@@ -65,6 +65,7 @@ class Job:
         storage: the URL of the run's copy, if it has one.
         where: the folder that the driver was started in; relative paths are meant from there.
         columns: the width of the driver's terminal.
+        command: that began the run, for what is said of how it goes on.
         notes: the handle of a `Notes` actor.
         judges: handles of the actors that judge, if there are any, and what they say of their rewards.
     """
@@ -75,6 +76,7 @@ class Job:
     storage: str | None
     where: str
     columns: int
+    command: str
     notes: Any
     judges: Sequence[Any]
     about: Sequence[actors.About]
@@ -119,7 +121,9 @@ def run(
         refuse_existing(folder, overwrite)
         if place:
             _refuse_stored(place, overwrite)
-    with _connected(cluster, processes + reward_actors) as local:
+    where = {"--cluster": cluster, "--processes": processes, "--reward-actors": reward_actors}
+    where |= {"--storage": place and place.url}
+    with begun(where) as command, _connected(cluster, processes + reward_actors) as local:
         _refuse_too_small(processes, reward_actors)
         with _record(folder, place) as (root, files):
             if not local:
@@ -129,17 +133,16 @@ def run(
             here = _on(ray.get_runtime_context().get_node_id(), soft=True)  # no lost machine may take them along
             notes = ray.remote(Notes).options(num_cpus=0, max_concurrency=1, scheduling_strategy=here).remote(processes)
             columns = shutil.get_terminal_size().columns
-            job = Job(config, resume, overwrite, place and place.url, os.getcwd(), columns, notes, judges, about)
+            job = Job(
+                config, resume, overwrite, place and place.url, os.getcwd(), columns, command, notes, judges, about
+            )
             trainer = TorchTrainer(
                 _work,
                 train_loop_config={"job": ray.put(job)},  # which Ray Train's own process need not read
                 scaling_config=_scaling(processes, reward_actors, local),
                 run_config=_running(root, files),
             )
-            where = {"--cluster": cluster, "--processes": processes, "--reward-actors": reward_actors}
-            where |= {"--storage": place and place.url}
-            options = "".join(f" {name} {shlex.quote(str(value))}" for name, value in where.items() if value)
-            _fit(trainer, notes, folder, local, options)
+            _fit(trainer, notes, folder, local)
             if place:
                 place.get(folder)
     return folder / "report.html"
@@ -227,14 +230,14 @@ def _record(folder: Path, place: Storage | None) -> Iterator[tuple[str, Any]]:
             files.rm(root, recursive=True)
 
 
-def _fit(trainer: TorchTrainer, notes: Any, folder: Path, local: bool, options: str) -> None:
-    """Let it train in a thread, and say meanwhile what the run says, with these options after the command to resume it.
+def _fit(trainer: TorchTrainer, notes: Any, folder: Path, local: bool) -> None:
+    """Let it train in a thread, and meanwhile say what the run says, and tell it of signals.
 
     On a cluster of this machine alone it is over once the workers are: Ray Train then asks a dashboard, which is not
     there, for twelve seconds what became of its own actors.
     """
     failed: list[BaseException] = []
-    again, written = f"{checkpoint.how_to_resume(folder)}{options}", -1
+    written, told, over, wrong, lost = -1, False, False, "", ""
 
     def fit() -> None:
         try:
@@ -242,31 +245,33 @@ def _fit(trainer: TorchTrainer, notes: Any, folder: Path, local: bool, options: 
         except BaseException as error:  # told below, in the thread that waits
             failed.append(error)
 
-    def whole(text: str) -> str:
-        return text.replace(checkpoint.how_to_resume(folder), again)
+    def last_words() -> str:
+        if written < 0:
+            return "stopped before its first checkpoint; start it again with --overwrite"
+        return f"stopped; to go on: {how_to_resume(folder)}"
 
     thread = threading.Thread(target=fit, name="ray", daemon=True)
     thread.start()
     try:
-        over = False
-        while thread.is_alive() and not over:
-            thread.join(POLL)
-            over = local and ray.get(notes.all_over.remote())
-            said, written = ray.get(notes.take.remote())
-            for text, is_error in said:
-                print(whole(text), end="", file=sys.stderr if is_error else sys.stdout, flush=True)
+        with Stop(last_words) as stop:
+            while thread.is_alive() and not over:
+                thread.join(POLL)
+                if stop.asked and not told:
+                    told = ray.get(notes.stop.remote()) is None
+                over = local and ray.get(notes.all_over.remote())
+                said, written = ray.get(notes.take.remote())
+                for text, is_error in said:
+                    print(text, end="", file=sys.stderr if is_error else sys.stdout, flush=True)
         wrong, lost = ray.get(notes.wrong.remote())
-    except BaseException as error:
-        ray.shutdown()  # which ends the workers
-        if isinstance(error, KeyboardInterrupt) and written >= 0:
-            raise KeyboardInterrupt(f"stopped; to go on: {again}") from None
-        if not isinstance(error, ray.exceptions.RayError):
-            raise
-        wrong, lost = "", " ".join(str(error).split())[-300:]
+    except ray.exceptions.RayError as error:  # the notes are lost, and with them how the run stands
         failed.append(error)
-    hint = f"; to go on from the newest checkpoint: {again}" if written >= 0 else ""
+        ray.shutdown()  # which ends the workers
+    except BaseException:
+        ray.shutdown()
+        raise
+    hint = f"; to go on from the newest checkpoint: {how_to_resume(folder)}" if written >= 0 else ""
     if wrong:
-        raise ValueError(whole(wrong) + ("" if again in whole(wrong) else hint))
+        raise ValueError(wrong if "--resume latest" in wrong else wrong + hint)
     if failed:
         why = lost or " ".join(str(failed[0]).split())[-300:]
         raise ValueError(f"the run ended on the cluster: {why}{hint}") from failed[0]
@@ -377,7 +382,7 @@ def _work(told: dict[str, Any]) -> None:
     rank = team.rank
     if os.path.isdir(job.where):
         os.chdir(job.where)
-    os.environ["COLUMNS"] = str(job.columns)
+    os.environ |= {"COLUMNS": str(job.columns), BEGUN: job.command}
     wrong, step, before = team.tell(ray.get(job.notes.begin.remote()) if team.is_first else None)[0]
     if wrong:
         ray.get(job.notes.end.remote(rank))
@@ -421,6 +426,10 @@ def _train(job: Job, team: Team, step: int, before: int) -> None:
         ray.get(job.notes.save.remote(checkpoint.step_of(written)))
 
     overwrite = resume is None and (job.overwrite or own)
-    build.run(job.config, resume=resume, overwrite=overwrite, judges=judges, saved=saved)
+
+    def asked() -> bool:
+        return team.is_first and bool(ray.get(job.notes.stopping.remote()))
+
+    build.run(job.config, resume=resume, overwrite=overwrite, judges=judges, saved=saved, asked=asked)
     if team.is_first and place:
         place.put(folder, is_a_runs)

@@ -1,14 +1,41 @@
 """SIGINT (Ctrl-C) and SIGTERM while a run trains: the first ends it after its step, a second at once."""
 
 import os
+import shlex
+import shutil
 import signal
-from collections.abc import Callable
-from contextlib import suppress
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Lock, Thread, current_thread, main_thread
 from types import TracebackType
 from typing import Any, Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+BEGUN = "AEGPO_BEGUN"  # the variable that tells a run's processes the command that began it, as far as it says where
+
+
+def how_to_resume(run: Path) -> str:
+    """The command that goes on from a run's newest checkpoint, where it was begun."""
+    return f"{os.environ.get(BEGUN, f'{_typed()} train')} --resume latest --output-dir {shlex.quote(str(run))}"
+
+
+@contextmanager
+def begun(options: Mapping[str, object]) -> Iterator[str]:
+    """Within it, commands to resume a run have these options, those that have a value; the command so far is given."""
+    said = "".join(f" {name} {shlex.quote(str(value))}" for name, value in options.items() if value)
+    before, os.environ[BEGUN] = os.environ.get(BEGUN), f"{_typed()} train{said}"
+    try:
+        yield os.environ[BEGUN]
+    finally:
+        os.environ.pop(BEGUN)
+        os.environ |= {BEGUN: before} if before else {}
+
+
+def _typed() -> str:
+    """The name of the command, as a shell finds it."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "aegpo" and shutil.which("aegpo") is None else "aegpo"
 
 
 class Stop:

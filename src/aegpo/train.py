@@ -32,7 +32,6 @@ from aegpo.optimizer import make_optimizer
 from aegpo.rewards.panel import Inquiry, Panel
 from aegpo.rollout import collect, shared_trunk
 from aegpo.signals import probe, reward_spread
-from aegpo.stopping import Stop
 from aegpo.types import Conditions, Courses, Prompt, Transitions
 
 PARTS = 16  # in which rollouts are drawn, at most, where rewards elsewhere judge one while the next is drawn
@@ -65,7 +64,7 @@ def train(
     display: Display,
     resume: Path | None = None,
     team: Team = ALONE,
-    stop: Stop | None = None,
+    stop: Callable[[], bool] = lambda: False,
     saved: Callable[[Path], None] = lambda checkpoint: None,
 ) -> None:
     """Train the policy, writing metrics, samples, checkpoints and weights into the run's folder.
@@ -80,7 +79,7 @@ def train(
         display: shows progress.
         resume: a checkpoint of this run to go on from, which `checkpoint.verify` has found whole.
         team: the processes that train it together, of which the first writes.
-        stop: asks for the end of the run; it ends after the step, with its checkpoint and weights.
+        stop: whether the run is to end after the step, with its checkpoint and weights.
         saved: is told of each checkpoint once it is written, in the first process.
 
     Raises:
@@ -205,7 +204,7 @@ def train(
                 f"the gradient was not finite in {in_a_row} steps in a row, whose rows are in {run / logbook.ASIDE}; "
                 f"resume with a lower rate, say --optimizer.lr {learned['lr'] / 10:g}"
             )
-        stopped = team.any(stop is not None and stop.asked)
+        stopped = team.any(stop())
         if stopped or step + 1 == config.steps or ((step + 1) % config.save_every == 0 and not in_a_row):
             save(step + 1)  # one that may be followed by more that are not finite is no good place to go back to
         if stopped:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Thread
 
 import psutil
@@ -153,8 +154,9 @@ def test_a_signal_that_is_ignored_stays_ignored(recipe):
 
     def look(processes):
         for process in processes:
-            line = next(x for x in open(f"/proc/{process.pid}/status") if x.startswith("SigIgn"))
-            ignored.append(bool(int(line.split()[1], 16) >> signal.SIGINT - 1 & 1))
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            mask = int(status.partition("SigIgn:")[2].split()[0], 16)
+            ignored.append(bool(mask >> signal.SIGINT - 1 & 1))
             process.kill()
 
     try:
@@ -175,7 +177,7 @@ def test_one_that_is_killed_while_they_train_is_named_and_how_to_go_on_is_said(r
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGKILL
     [line] = [line for line in err.splitlines() if "kernels" not in line and line.strip()]
-    resume = f"aegpo train --resume latest --output-dir {tmp_path}/run"
+    resume = f"aegpo train --processes 2 --resume latest --output-dir {tmp_path}/run"
     assert line == f"aegpo: process 1 was ended by signal 9: stopped; to go on: {resume}"
 
 
