@@ -508,7 +508,11 @@ def load_yaml(path: Path) -> dict[str, Any]:
             content = parse_yaml(file.read(LETTERS + 1))
     except FileNotFoundError:
         raise ValueError(f"recipe {path} does not exist") from None
-    except (OSError, ValueError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"recipe {path} cannot be read: it is not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise ValueError(f"recipe {path} cannot be read: {' '.join(str(error).split())}") from None
     if content is None:
         return {}
