@@ -71,7 +71,7 @@ def test_a_dumped_config_is_a_recipe_of_the_same_config(
         (b"- steps\n", "must hold settings such as 'steps: 100', not a list"),
         (b"steps\n", "must hold settings such as 'steps: 100', not a str"),
         (b"steps: [1\n", "cannot be read: .*line 2"),
-        (b"reward: \xe9\n", "cannot be read: .*utf-8"),
+        (b"reward: \xe9\n", "cannot be read: it is not UTF-8 text .byte 8"),
         (b"seed: !!python/object:os.system 1\n", "cannot be read: .*could not determine a constructor"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 
 import numpy as np
@@ -217,8 +218,9 @@ def test_options_that_cannot_be(cluster, recipe, tmp_path, capsys, words, line):
 
 def test_what_a_client_takes_is_said(recipe, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "grpc", None)
-    words = ["--output-dir", str(tmp_path / "run"), "--cluster", "ray://127.0.0.1:10001"]
-    assert main(["train", str(recipe), *words]) == 2
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        words = ["--output-dir", str(tmp_path / "run"), "--cluster", f"ray://127.0.0.1:{server.getsockname()[1]}"]
+        assert main(["train", str(recipe), *words]) == 2
     assert "takes Ray's client: pip install 'ray[client]'" in capsys.readouterr().err
 
 

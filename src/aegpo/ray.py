@@ -206,8 +206,6 @@ def _connected(cluster: str, cpus: int) -> Iterator[bool]:
 
 def _refuse_unreachable(cluster: str) -> None:
     """Raise ValueError where nothing listens at HOST:PORT, which Ray would try for minutes, or Ray has no client."""
-    if cluster.startswith("ray://") and find_spec("grpc") is None:
-        raise ValueError(f"--cluster: {cluster} takes Ray's client: pip install 'ray[client]'; or give HOST:PORT")
     host, colon, port = cluster.removeprefix("ray://").rpartition(":")
     if not colon:
         return
@@ -215,6 +213,8 @@ def _refuse_unreachable(cluster: str) -> None:
         socket.create_connection((host, int(port)), timeout=REACH).close()
     except (OSError, ValueError) as error:
         raise ValueError(f"--cluster: there is no Ray at {cluster}: {error}") from None
+    if cluster.startswith("ray://") and find_spec("grpc") is None:
+        raise ValueError(f"--cluster: {cluster} takes Ray's client: pip install 'ray[client]'; or give HOST:PORT")
 
 
 @contextlib.contextmanager

@@ -94,7 +94,7 @@ def resolved(argv: list[str], capsys: pytest.CaptureFixture[str]) -> Config:
         (["train", "wrld"], "recipe wrld does not exist; the packaged recipes are .*world.*; did you mean world\\?"),
         (["train", "my.yml"], "recipe my.yml does not exist; .*; did you mean my.yaml\\?"),
         (["train", "run"], "recipe run cannot be read: .*"),
-        (["train", "latin.yaml"], "recipe latin.yaml cannot be read: .*utf-8.*"),
+        (["train", "latin.yaml"], "recipe latin.yaml cannot be read: it is not UTF-8 text .byte 8.*"),
         (["train", "broken.yaml"], "recipe broken.yaml cannot be read: .*line 2.*"),
         (["train", "list.yaml"], "recipe list.yaml must hold settings such as 'steps: 100', not a list"),
         (["train", "my.yaml", "other.yaml"], "train: unrecognized arguments: other.yaml"),
