@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from aegpo import checkpoint, world
@@ -194,6 +195,9 @@ def test_two_processes_are_the_same_run_as_one(runs, name, plain):
         other = load_file(checkpoint.checkpoints(runs / f"{name}-2")[-1] / file.name)
         for key, value in load_file(file).items():
             assert torch.allclose(value.double(), other[key].double(), rtol=1e-2, atol=1e-5), (file.name, key)
+    grids = [max((runs / of / "samples").iterdir()) for of in (f"{plain}-1", f"{name}-2")]
+    drawn = [np.asarray(Image.open(grid).convert("RGB"), np.int64) for grid in grids]
+    assert grids[0].name == grids[1].name and np.abs(drawn[0] - drawn[1]).max() <= 2
     assert any((weights[1][key] - before[key]).abs().max() > 5e-5 for key in before)
 
 
