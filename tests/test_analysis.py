@@ -36,6 +36,7 @@ from aegpo.rewards import Reward, load
 from aegpo.rewards.panel import alone
 from aegpo.signals import entropy_curves, probe, reward_spread
 from aegpo.types import Judgement, Prompt
+from tests.small import SMALL
 
 PROMPTS = [Prompt(4, "a red circle", {}), Prompt(9, "two squares", {}), Prompt(11, "a cross above a ring", {})]
 MOVED = [3, 1, 6, 2, 5, 4]  # ranks of the change of entropy of six prompts,
@@ -212,16 +213,10 @@ def test_it_costs_the_evaluations_that_were_announced(model, guidance):
 
 # ---------------------------------------------------------------- a run
 
-SMALL = {
-    "algorithm": "aegpo",
-    "steps": 3,
-    "prompts_per_step": 2,
-    "rollouts_per_step": 10,
-    "allocation": {"low": 3, "high": 7},
+OWN = {
     "sampler": {"steps": 4},
     "exploration": {"k": 2},
     "optimizer": {"micro_batch": 8, "lr": 3e-3},
-    "model": {"lora": {"rank": 4}},
     "eval_every": 1,
     "eval_images": 2,
     "checkpoints_total_limit": 10,
@@ -236,7 +231,7 @@ def run(tmp_path_factory):
     (folder / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "bright.py").write_text("def score(images, prompts):\n    return images.mean((1, 2, 3)) / 255\n")
     where = {"prompts": {"eval": str(folder / "few.jsonl")}, "output_dir": str(folder / "run")}
-    build.fit(resolve(SMALL, where, {"reward": f"{folder / 'bright.py'}:score"}))
+    build.fit(resolve(SMALL | OWN, where, {"reward": f"{folder / 'bright.py'}:score"}))
     use.analyze(str(folder / "run"), images=2)
     return folder / "run"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from aegpo.algorithms import merge
-from aegpo.cli import RECIPES, _recipe_file
 from aegpo.config import load_yaml, resolve
 from aegpo.models import memory
+from aegpo.words import RECIPES, recipe_file
 
 CONFIGS = Path(__file__).parent / "models" / "configs"
 SHAPES = {"sd35": "sd35-medium", "flux": "flux1-dev", "sdxl": "sdxl", "sd15": "sd15", "qwen": "qwen-image"}
@@ -29,7 +29,7 @@ def test_the_recipes_that_people_look_for_are_there():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_resolves_and_says_what_it_is(name):
-    file = _recipe_file(name)
+    file = recipe_file(name)
     text = file.read_text(encoding="utf-8")
     assert text.startswith("# ")
     config = resolve(load_yaml(file))
@@ -41,7 +41,7 @@ def test_a_recipe_resolves_and_says_what_it_is(name):
 @pytest.mark.parametrize("name", SIZED)
 def test_it_fits_the_gpu_in_its_name(name):
     """By the estimate, which tests of its own hold to what real networks keep; the reward's network is in it."""
-    config = resolve(load_yaml(_recipe_file(name)))
+    config = resolve(load_yaml(recipe_file(name)))
     shape = SHAPES[re.split("[-.]", name)[0]]
     config = replace(config, model=replace(config.model, path=str(CONFIGS / shape)))
     outline = memory.sizes(config.model)
@@ -58,7 +58,7 @@ def test_it_fits_the_gpu_in_its_name(name):
     ],
 )
 def test_a_paper_recipe_has_a_twin_without_aegpo(aegpo, plain, per_prompt):
-    ours, theirs = (load_yaml(_recipe_file(name)) for name in (aegpo, plain))
+    ours, theirs = (load_yaml(recipe_file(name)) for name in (aegpo, plain))
     own = {key: ours.pop(key) for key in ("allocation", "exploration", "output_dir")}
     theirs.pop("output_dir")
     assert ours == theirs
@@ -70,7 +70,7 @@ def test_a_paper_recipe_has_a_twin_without_aegpo(aegpo, plain, per_prompt):
 
 
 def test_dance_grpo_has_the_settings_of_its_paper():
-    config = resolve(load_yaml(_recipe_file("paper/flux-hpsv21-dance-grpo")))
+    config = resolve(load_yaml(recipe_file("paper/flux-hpsv21-dance-grpo")))
     sampler = config.sampler
     assert (sampler.steps, sampler.kind, sampler.eta, sampler.shift, sampler.guidance) == (16, "dance_sde", 0.3, 3, 3.5)
     assert (config.model.resolution, config.loss.clip_high, config.advantage.best_of) == (720, 1e-4, 0)

@@ -15,18 +15,11 @@ from aegpo import world
 from aegpo.cli import main
 from aegpo.report import read_metrics
 from aegpo.stopping import Stop
+from tests.small import SMALL
 
-SMALL = {
-    "algorithm": "aegpo",
+OWN = {
     "steps": 4,
-    "prompts_per_step": 2,
-    "rollouts_per_step": 10,
-    "allocation": {"low": 3, "high": 7},
-    "sampler": {"steps": 4, "solver": "euler", "compress": 1.0},
-    "exploration": {"rule": "entropy_peaks", "k": 2},
-    "model": {"lora": {"rank": 4}},
     "optimizer": {"ema": 0.5, "ema_every": 1},
-    "eval_images": 1,
     "eval_every": 0,
     "save_every": 3,
 }
@@ -52,7 +45,7 @@ def words(tmp_path):
         rows = world.held_out()[::36]
         (tmp_path / "few.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         settings = {"reward": f"{tmp_path / run}.py:score", "prompts": {"eval": str(tmp_path / "few.jsonl")}}
-        (tmp_path / f"{run}.yaml").write_text(json.dumps(SMALL | settings))
+        (tmp_path / f"{run}.yaml").write_text(json.dumps(SMALL | OWN | settings))
         return ["train", str(tmp_path / f"{run}.yaml"), "--output-dir", str(tmp_path / run)]
 
     return written

@@ -6,16 +6,16 @@ fill a box, only prints the help page of all settings.
 """
 
 import argparse
-import difflib
 import functools
 import logging
 import os
 import re
 import sys
-from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_origin, get_type_hints
+
+from aegpo.words import config_of, did_you_mean, setting_of, split, value_of
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -56,7 +56,6 @@ REWARDS = (
 ANALYZE_OPTIONS = ("--help", "--prompts", "--reward", "--images", "--out")
 ANALYZE_TAKES = {"model.path": "MODEL", "prompts.eval": "--prompts", "eval_images": "--images"}  # settings, as these
 LONGEST = 2000  # letters of a complaint; what it quotes may have any number of them, and any letters
-RECIPES = Path(__file__).with_name("recipes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,7 +110,7 @@ def _command(words: list[str]) -> None:
         commands[name](rest)
     else:
         what = f"{name!r} is not a command" if name else "no command given"
-        hint = _did_you_mean(name, [*commands, "--help", "--version"])
+        hint = did_you_mean(name, [*commands, "--help", "--version"])
         raise ValueError(f"{what}; the commands are {', '.join(commands)}{hint}")
 
 
@@ -140,19 +139,19 @@ def _train(words: list[str]) -> None:
     parser.add_argument("--storage", type=_text, metavar="URL", help=place)
     if {"-h", "--help"} & set(words):
         return _print_train_help(parser)
-    own, overrides = _split(words, TRAIN_OPTIONS)
+    own, overrides = split(words, TRAIN_OPTIONS)
     asked = parser.read(own)
     if asked.resume and asked.overwrite:
         raise ValueError("--resume goes on with a run and --overwrite starts it anew; give one of them")
     if not asked.cluster:
         for option in CLUSTER_OPTIONS:
-            if getattr(asked, _setting(option)) is not None:
+            if getattr(asked, setting_of(option)) is not None:
                 raise ValueError(f"{option} goes with --cluster")
     if asked.resume == "latest" and asked.storage:
         from aegpo.config import Config
 
         _ray().fetch(asked.storage, Path(str(overrides.get("output_dir", Config.output_dir))))
-    config = _config(asked.RECIPE, asked.resume, overrides)
+    config = config_of(asked.RECIPE, asked.resume, overrides)
     if asked.dry_run:
         from aegpo.dry_run import print_dry_run
 
@@ -338,10 +337,10 @@ def _analyze(words: list[str]) -> None:
     parser.add_argument("--images", type=_whole(1), metavar="N", default=4, help="images for each prompt (default: 4)")
     where = "where to write analysis.html and analysis.json (default: RUN/analysis, or runs/analysis)"
     parser.add_argument("--out", type=_text, metavar="DIR", help=where)
-    for name in (_setting(word) for word in words if word.startswith("--")):
+    for name in (setting_of(word) for word in words if word.startswith("--")):
         if name in ANALYZE_TAKES:
             raise ValueError(f"{name}: analyze takes it as {ANALYZE_TAKES[name]}")
-    own, overrides = _split(words, ANALYZE_OPTIONS)
+    own, overrides = split(words, ANALYZE_OPTIONS)
     asked = parser.read(own)
     from aegpo.use import analyze
 
@@ -418,128 +417,6 @@ def _world(words: list[str]) -> None:
     pretrain(Path(asked["OUT"]), **{name: asked[name] for name in ("steps", "seed") if name in asked})
 
 
-# ---------------------------------------------------------------- settings
-
-
-def _split(words: list[str], options: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Part a command's words into those for its own options and arguments, and the settings, nested."""
-    from aegpo.config import merge
-
-    left, own, overrides = deque(words), [], {}
-    while left:
-        word = left.popleft()
-        option, equals, text = word.partition("=")
-        if not option.startswith("--") or option in (*options, "--"):
-            own.append(word)
-            continue
-        if not equals and left and not left[0].startswith("--"):
-            text = left.popleft()
-        overrides = merge(overrides, _override(option, text, options))
-    return own, overrides
-
-
-def _override(option: str, text: str, options: Sequence[str]) -> dict[str, Any]:
-    """The setting `--a.b-c` as {"a": {"b_c": value}}, even an unknown one: `resolve` says what it should have been."""
-    from aegpo.config import settings
-    from aegpo.plain import DEPTH
-
-    name = _setting(option)
-    if name.count(".") > DEPTH:
-        raise ValueError(f"command line: {name} is not a setting")
-    if name not in settings() and difflib.get_close_matches(option, options, cutoff=0.75):
-        raise ValueError(f"command line: {option} is not an option{_did_you_mean(option, options)}")
-    if name in settings() and not text:
-        raise ValueError(f"command line: {name} needs a value")
-    keys = name.split(".")
-    return functools.reduce(lambda inner, key: {key: inner}, reversed(keys), _value(keys, text))
-
-
-def _setting(word: str) -> str:
-    """The name of the setting that a word, `--a.b-c` or `--a.b-c=VALUE`, is about: `a.b_c`."""
-    return word.partition("=")[0].removeprefix("--").replace("-", "_")
-
-
-def _value(keys: list[str], text: str) -> Any:
-    """What YAML reads; but if the setting is text then what was typed, so that a folder may be called 2026-01-31."""
-    from aegpo.config import Config
-    from aegpo.plain import parse_yaml
-
-    named = keys == ["reward"] and not text.lstrip().startswith("{")
-    if named and (": " in text or text.startswith("[")):
-        raise ValueError(
-            f"reward: should be a name, or weights by name, as in '{{pickscore: 1, ocr: 0.5}}', got {text!r}"
-        )
-    is_text = isinstance(functools.reduce(lambda group, key: getattr(group, key, None), keys, Config()), str)
-    if named or (is_text and keys != ["reward"]):
-        return text
-    try:
-        return parse_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"command line: {'.'.join(keys)}: {text!r} is not a YAML value ({error})") from None
-
-
-def _config(recipe: str | None, resume: str | None, overrides: dict[str, Any]) -> "Config":
-    """The command line over the recipe, or over the config of the run that is resumed; an error names the wrong one."""
-    from aegpo.config import load_yaml, merge, resolve
-
-    if resume and recipe is None:
-        folder = _resumed_run(resume, overrides)
-        path = folder / "config.yaml"
-        layer = load_yaml(path)
-        if "output_dir" not in layer:  # the last that a run writes there
-            raise ValueError(f"{path} is cut off: it should end in output_dir; without the rest there is no going on")
-        layer = merge(layer, {"output_dir": str(folder)})  # it stays in its folder, even if that was moved
-    else:
-        path = _recipe_file("world" if recipe is None else recipe)
-        model = overrides.get("model")
-        foreign = isinstance(model, dict) and model.get("path", "world") != "world"
-        layer = {} if foreign and recipe is None else load_yaml(path)  # the world's recipe is for the world's model
-    try:
-        return resolve(layer, overrides)
-    except ValueError as error:
-        source = f"recipe {path}" if _complaint(layer) == str(error) else "command line"
-        raise ValueError(f"{source}: {error}") from None
-
-
-def _complaint(layer: dict[str, Any]) -> str:
-    """What `resolve` has against a layer alone."""
-    from aegpo.config import resolve
-
-    try:
-        resolve(layer)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-def _resumed_run(resume: str, overrides: dict[str, Any]) -> Path:
-    from aegpo.config import Config
-
-    if (Path(resume) / "config.yaml").is_file():
-        raise ValueError(f"--resume {resume}: a run, not one of its checkpoints; --resume latest --output-dir {resume}")
-    latest = Path(str(overrides.get("output_dir", Config.output_dir)))
-    folder = latest if resume == "latest" else Path(resume).parent
-    if not (folder / "config.yaml").is_file():
-        hint = "; give its --output-dir" if resume == "latest" and "output_dir" not in overrides else ""
-        raise ValueError(f"--resume {resume}: {folder} is not the folder of a run: it holds no config.yaml{hint}")
-    return folder
-
-
-def _recipe_file(name: str) -> Path:
-    files = sorted(RECIPES.rglob("*.yaml"))
-    packaged = {file.relative_to(RECIPES).with_suffix("").as_posix(): file for file in files}
-    path = Path(name)
-    if not name:
-        raise ValueError("recipe: its name is empty; leave it out for the embedded world")
-    if path.is_file() or (path.exists() and name not in packaged):
-        return path
-    if name in packaged:
-        return packaged[name]
-    beside = [str(file) for file in path.parent.glob("*.y*ml")]
-    hint = _did_you_mean(name, [*packaged, *beside])
-    raise ValueError(f"recipe {name} does not exist; the packaged recipes are {', '.join(packaged)}{hint}")
-
-
 # ---------------------------------------------------------------- what is printed
 
 
@@ -597,7 +474,7 @@ class _Parser(argparse.ArgumentParser):
         options = [option for option in self._option_string_actions if option.startswith("--")]
         for option in (word.partition("=")[0] for word in words if word.startswith("--")):
             if option not in options:
-                self.error(f"{option} is not an option{_did_you_mean(option, options)}")
+                self.error(f"{option} is not an option{did_you_mean(option, options)}")
         return self.parse_args(words)
 
     def error(self, message: str) -> NoReturn:
@@ -618,7 +495,7 @@ def _safetensors(word: str) -> Path:
 
 def _reward(word: str) -> str | dict[str, Any]:
     """A reward by its name, or by name and settings as a recipe has them."""
-    return _value(["reward"], _text(word))
+    return value_of(["reward"], _text(word))
 
 
 def _names(word: str) -> list[str]:
@@ -654,15 +531,9 @@ def _checkpoint(word: str) -> str:
 
 def _run_folder(word: str) -> Path:
     if not (Path(word) / "config.yaml").is_file():
-        hint = _did_you_mean(word, [str(config.parent) for config in Path(word).parent.glob("*/config.yaml")])
+        hint = did_you_mean(word, [str(config.parent) for config in Path(word).parent.glob("*/config.yaml")])
         raise argparse.ArgumentTypeError(f"{word!r} is not the folder of a run: it holds no config.yaml{hint}")
     return Path(word)
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    from aegpo.config import did_you_mean
-
-    return did_you_mean(word, known)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from aegpo import config as configuration
-from aegpo.cli import RECIPES, main
+from aegpo.cli import main
 from aegpo.config import Config
 from aegpo.disk import LOCK
+from aegpo.words import RECIPES
 
 CORPUS = Path(__file__).parent
 BAD_RECIPES = sorted((CORPUS / "recipes").iterdir())

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from aegpo.algorithms import ALGORITHMS
-from aegpo.cli import RECIPES, main
+from aegpo.cli import main
 from aegpo.config import Config, dump_yaml, load_yaml, resolve, settings
+from aegpo.words import RECIPES
 
 PNG = ["--prompt", "a red circle", "--out", "x.png"]
 
